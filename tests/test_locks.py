@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from rlcs import locks
 from rlcs.errors import RunFolderError
+from rlcs.storage import locks
 from rlcs.storage.locks import hold
 
 HOLD = """

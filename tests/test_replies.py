@@ -468,8 +468,8 @@ def test_the_first_answer_is_told_with_its_cost(tmp_path, capsys):
         LoopbackServer(reply=lambda body: answered({"content": "\\boxed{5}"})) as server,
         screen("cold start", 3, quiet=True) as view,
     ):
-        teacher = Teacher(base_url=server.url, model="m", prompt_price=1e6, completion_price=2e6)
+        teacher = Teacher(base_url=server.url, model="m", prompt_price=5e5, completion_price=1e6)
         run(rows, teacher, folder=tmp_path, seed=1, view=view)
     shown = capsys.readouterr().out
     assert shown.count("first answer") == 1
-    assert "30 prompt tokens, 9 answer tokens, cost 48; 3 such answers cost 144" in shown
+    assert "30 prompt tokens, 9 answer tokens, cost 24; 3 such answers cost 72" in shown

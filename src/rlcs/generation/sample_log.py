@@ -115,12 +115,9 @@ class SampleLog:
 
 
 def _without_repetitions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without a second answer to the same question, which two processes at once may have written."""
+    """The last row for each question: others are of two processes at once, or were of no use."""
     keys = ((row.get("digest"), row.get("id"), row.get("index"), row.get("turn")) for row in rows)
-    first: dict[object, dict[str, Any]] = {}
-    for key, row in zip(map(repr, keys), rows, strict=True):
-        first.setdefault(key, row)
-    return list(first.values())
+    return list(dict(zip(map(repr, keys), rows, strict=True)).values())
 
 
 def annotate(path: Path, added: Mapping[SampleKey, Mapping[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcs.data.run_data import RunData, key_of
-from rlcs.errors import RunFolderError
+from rlcs.errors import ModelError, RunFolderError
 from rlcs.model.source import find_source
 from rlcs.pipeline.run_folder import holds_results
 from rlcs.records import Problem
@@ -84,7 +84,10 @@ def _changed_rows(key: str, before: str, now: str, ids: list[str]) -> Iterator[s
 
 def _files_of(model: str, before: Mapping[str, Any]) -> dict[str, Any]:
     """Size, time and checksum of the files of a model in a folder; of a checkpoint its manifest has them."""
-    source = find_source(model)
+    try:
+        source = find_source(model)
+    except ModelError:  # loading the model says what is wrong, and with which key
+        return {}
     folder = source.files
     if not folder.is_dir():
         return {}
