@@ -107,7 +107,7 @@ ENVIRONMENT = {
     "KEY": "secret",
     "OPENAI_API_KEY": "secret",
     "EXAMPLE_API_KEY": "secret",
-    "PROJECT": "mine",
+    "PROJECT_API_KEY": "mine",
     "WANDB_MODE": "offline",
     "HF_TOKEN": "hf_test",
     "COLUMNS": "200",

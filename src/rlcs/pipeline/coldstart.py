@@ -149,8 +149,11 @@ class ColdStart:
         return facts | {"seconds": read_json(folder / "done.json")["seconds"]}
 
     def _study(self, recipe: Recipe, folder: Path, *, data: RunData, words: list[str]) -> Study:
+        """A run of the grid, whose folder is its own from now on: measurements of others are put there."""
         recipe = changed(recipe, ["study.preflight=off", *words])
-        return Study(recipe, folder, data=data, output=self._output, stop=self._stop, world=self._world)
+        study = Study(recipe, folder, data=data, output=self._output, stop=self._stop, world=self._world)
+        self._world.first(lambda: claim(folder, recipe))
+        return study
 
     def _sft(self, cell: Cell, cells: tuple[Cell, ...], kept: list[dict[str, Any]]) -> None:
         """Train the SFT that a cell starts from, with all its lengths, and measure the longest."""
