@@ -64,7 +64,13 @@ class RedactingFormatter(logging.Formatter):
 
 
 class _RedactingStream(TextIOWrapper):
-    """A stream of text that leaves secrets out, each within one call."""
+    """Another stream of text on the same bytes, that leaves secrets out, each within one call."""
+
+    def __init__(self, stream: TextIOWrapper) -> None:
+        super().__init__(
+            stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
+        )
+        self._unguarded = stream  # which would close the bytes when nothing holds it any more
 
     def write(self, text: str, /) -> int:
         super().write(shown(text))
@@ -75,12 +81,9 @@ def guard_streams() -> None:
     """Let standard output and standard error leave secrets out; what they cannot encode is escaped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if type(stream) is TextIOWrapper:  # of the process itself, which holds it until its end
+        if type(stream) is TextIOWrapper:
             stream.flush()
-            guarded = _RedactingStream(
-                stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
-            )
-            setattr(sys, name, guarded)
+            setattr(sys, name, _RedactingStream(stream))
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
