@@ -193,11 +193,12 @@ def test_answers_that_stand_twice_count_once_and_are_taken_out(tmp_path: Path) -
         for problem in some:
             log.add(answered(problem.id, text="first"))
     whole = path.read_bytes()
-    path.write_bytes(whole + whole.replace(b"first", b"again"))
+    last = whole.replace(b"first", b"again")
+    path.write_bytes(whole + last)
     with SampleLog(path, digests(some)) as log:
-        assert [entry.sample.text for entry in log.entries.values()] == ["first"] * 3
+        assert [entry.sample.text for entry in log.entries.values()] == ["again"] * 3
         assert not [*log.unanswered(map(Request.of, some))]
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == last
 
 
 @pytest.mark.parametrize("change", [{"tokens": "many"}, {"stop": "tired"}])
