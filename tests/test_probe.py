@@ -281,5 +281,7 @@ def test_a_hand_over_that_was_killed_is_finished(tmp_path, monkeypatch, moves):
         probe._hand_over(tmp_path, 4)
         assert (stage / "final" / "model").read_text() == "early"
         assert (stage / "models" / "step-000009" / "model").read_text() == "last"
-        assert read_json(stage / "done.json") == {"step": 4, "rule": "probe", "seconds": 1.0}
+        done = read_json(stage / "done.json")
+        assert done.pop("files").keys() == {"final/model"}
+        assert done == {"step": 4, "rule": "probe", "seconds": 1.0}
         assert (tmp_path / "sft_grpo").is_dir() and not trial.exists()
