@@ -152,7 +152,7 @@ class ColdStart:
         """A run of the grid, whose folder is its own from now on: measurements of others are put there."""
         recipe = changed(recipe, ["study.preflight=off", *words])
         study = Study(recipe, folder, data=data, output=self._output, stop=self._stop, world=self._world)
-        self._world.first(lambda: claim(folder, recipe))
+        study.claim()
         return study
 
     def _sft(self, cell: Cell, cells: tuple[Cell, ...], kept: list[dict[str, Any]]) -> None:

@@ -234,6 +234,7 @@ class Replay:
         validation = recipe.validation.model_copy(update={"grpo_every": 0})
         recipe = recipe.model_copy(update={"validation": validation})
         study = Study(recipe, folder, data=self._data, output=_Silent(), stop=self._stop, world=self._world)
+        study.claim()
         self._world.first(lambda: self._link(folder))
         log, stage = logging.getLogger("rlcs"), folder / self.collapse.arm
         level = log.level

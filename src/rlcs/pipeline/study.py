@@ -113,13 +113,16 @@ class Study:
             log.setLevel(logging.ERROR)  # warnings and the log are rank 0's
         with ExitStack() as stack:
             self._world.first(lambda: stack.enter_context(hold(self.folder)))
-            self._claim()
+            self.claim()
             log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
             with log_here, memory_advice(self.recipe, self._world):
                 yield
 
-    def _claim(self) -> None:
-        """Write the recipe into the folder; another process may have been there since the check."""
+    def claim(self) -> None:
+        """Write the recipe into the folder, in which something may then lie before the run.
+
+        `run` does so itself, under the lock: another process may have been there since the check.
+        """
         self._claimed = self._world.first(lambda: claim(self.folder, self.recipe))
 
     @contextmanager
@@ -204,7 +207,7 @@ class Study:
         It ends after the step `until`, and nothing but its metrics is kept.
         """
         self._recipe_hash = recipe_hash(of)
-        self._claim()
+        self.claim()
         self._data = check_prompts(self._data, of)
         self._drop_blind()
         demonstrations: Sequence[Demonstration] = ()
