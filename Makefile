@@ -13,6 +13,7 @@ MODEL  ?= builtin
 # The versions that CI passed with; CONSTRAINTS=/dev/null takes the newest that pyproject.toml allows.
 CONSTRAINTS      ?= constraints.txt
 VLLM_CONSTRAINTS ?= constraints-vllm.txt
+OLDEST_CONSTRAINTS ?= constraints-oldest.txt
 BIN    := $(VENV)/bin
 
 SHELL := /bin/bash
@@ -54,9 +55,9 @@ vllm-test: $(VLLM_VENV)/.stamp  ## rollouts and serving by a real vLLM on the CP
 	RLCS_VLLM=$(VLLM_VENV) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/test_vllm.py tests/test_vllm_serving.py tests/test_vllm_families.py
 
 # The oldest versions that pyproject.toml allows; CI has the newest that passed.
-$(OLDEST_VENV)/.stamp: pyproject.toml constraints-oldest.txt
+$(OLDEST_VENV)/.stamp: pyproject.toml $(OLDEST_CONSTRAINTS)
 	$(PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_VENV)/bin/pip install -c constraints-oldest.txt -e '.[dev]'
+	$(OLDEST_VENV)/bin/pip install -c $(OLDEST_CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 test-oldest: $(OLDEST_VENV)/.stamp  ## the tests with the oldest versions of the dependencies
@@ -108,7 +109,7 @@ hooks: $(VENV)/.stamp-dev  ## ruff and mypy before every commit
 
 # uv resolves to the lowest versions, which pip cannot; builds for GPUs are left out, since a CPU has none of them.
 constraints-oldest: $(VENV)/.stamp-dev  ## write down the oldest versions that pyproject.toml allows
-	$(BIN)/pip install uv
+	$(BIN)/pip install -c $(CONSTRAINTS) uv
 	{ sed -n 1p constraints-oldest.txt; $(BIN)/uv pip compile -q --no-header --no-annotate --resolution lowest-direct \
 		--python-version 3.11 --extra dev pyproject.toml | grep -vE '^(cuda|nvidia|triton)'; } > constraints.new
 	mv constraints.new constraints-oldest.txt

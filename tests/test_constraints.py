@@ -49,7 +49,7 @@ def test_every_direct_dependency_is_pinned_within_its_range() -> None:
     assert unmet(some, [Requirement("torch>=2"), Requirement("Pillow")]) == ["torch>=2", "Pillow"]
 
 
-@pytest.mark.parametrize("name", ["constraints.txt", "constraints-vllm.txt"])
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-vllm.txt", "constraints-oldest.txt"])
 def test_a_constraints_file_names_versions_alone(name: str) -> None:
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines[1:] if not LINE.fullmatch(line)]
@@ -61,11 +61,13 @@ def test_a_constraints_file_names_versions_alone(name: str) -> None:
 def test_make_installs_by_the_constraints_and_ci_tries_once() -> None:
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
     installs = [line for line in recipe.splitlines() if "pip install" in line]
-    assert len(installs) == 4 and all(
-        re.search(r"install -c \$\((VLLM_)?CONSTRAINTS\) ", x) for x in installs
+    assert len(installs) == 7 and all(
+        re.search(r"install -c \$\((VLLM_|OLDEST_)?CONSTRAINTS\) ", x) for x in installs
     )
     stamps = re.findall(r"^\$\(\w+\)/\.stamp\S*: pyproject\.toml (\S+)", recipe, re.MULTILINE)
-    assert stamps == ["$(CONSTRAINTS)", "$(VLLM_CONSTRAINTS)"], "new versions are installed"
+    assert stamps == ["$(CONSTRAINTS)", "$(VLLM_CONSTRAINTS)", "$(OLDEST_CONSTRAINTS)"], (
+        "new versions are installed"
+    )
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert re.findall(r"^make .*", ci, re.MULTILINE) == ["make test", "make vllm-test"]
 
