@@ -284,6 +284,9 @@ def test_two_ranks_learn_while_vllm_samples(tmp_path, monkeypatch) -> None:
 
 
 @HERE
+@pytest.mark.skipif(
+    "avx512f" not in Path("/proc/cpuinfo").read_text(), reason="vLLM's int4 kernel for CPUs needs AVX-512"
+)
 def test_a_quantised_export_answers_as_it_does_here(tmp_path) -> None:
     folder, asked = tmp_path / "int4", tmp_path / "asked.json"
     export(Export(model="builtin", out=folder, dtype="bf16", quantise="int4"))
