@@ -215,10 +215,8 @@ class _Unpacker:
 def _bound(response: Any) -> None:
     """Let a reply be read through an `_Unpacker`; it has not been read yet."""
     library = import_module(type(response).__module__.partition(".")[0])  # that the client chooses
-    stream, unpacker = (
-        response.stream,
-        _Unpacker(response.headers.pop("content-encoding", "").strip().lower()),
-    )
+    encoding = response.headers.pop("content-encoding", "").strip().lower()
+    stream, unpacker = response.stream, _Unpacker(encoding)
 
     class Bounded(library.SyncByteStream):  # type: ignore[misc, name-defined]
         def __iter__(self) -> Iterator[bytes]:

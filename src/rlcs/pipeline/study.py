@@ -202,12 +202,11 @@ class Study:
         return kept if most is None else subset(kept, most, self.recipe.seed)
 
     def repeat(self, arm: RlArm, of: Recipe, *, until: int) -> None:
-        """Train one arm of RL alone, from the models and the checkpoint in the folder, of a run of `of`.
+        """Train one arm of RL alone, from models and checkpoint in the claimed folder, of a run of `of`.
 
         It ends after the step `until`, and nothing but its metrics is kept.
         """
         self._recipe_hash = recipe_hash(of)
-        self.claim()
         self._data = check_prompts(self._data, of)
         self._drop_blind()
         demonstrations: Sequence[Demonstration] = ()
