@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -110,7 +110,7 @@ def main(pipe: Connection, case: Case) -> None:
     settings = grpo_settings(case)
     vlm, context = load(case)
     trainer = Trainer(vlm, settings.optimizer, steps=case.steps, max_bad_steps=1)
-    stream = cast(ProblemStream[Problem], InOrder(case.problems))
+    stream = InOrder(case.problems, seed=SEED)
     sampling = context.chat.sampling(
         n=settings.group_size, temperature=1.0, max_new_tokens=settings.max_new_tokens, seed=SEED
     )
@@ -130,17 +130,9 @@ def main(pipe: Connection, case: Case) -> None:
             pipe.send(meter.measured)
 
 
-class InOrder:
+class InOrder(ProblemStream[Problem]):
     """Deals problems in the order of the case, the same on both sides."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        self._left = list(problems)
-
-    def take(self, count: int) -> list[Problem]:
-        """The next problems."""
-        taken, self._left = self._left[:count], self._left[count:]
-        return taken
-
-    def peek(self, count: int) -> list[Problem]:
-        """The next problems, which stay."""
-        return self._left[:count]
+    def _next(self) -> int:
+        super()._next()
+        return self._position - 1

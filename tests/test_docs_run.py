@@ -48,9 +48,11 @@ SUBSTITUTES = {
     r"(?<=@)40\b": "1",
     r"(?<=--port )\d+": "PORT",  # any that is free
     r"\bFOLDER\b": "official",
-    r"(?<=grpo.steps=)\d+": "2",
+    r"(?<=grpo.steps=)\d+(?!.*rule=probe)": "2",
+    r"(?<=grpo.steps=)\d+(?=.*rule=probe)": "8",  # trials need steps that their losers may take
     r"(?<=sft.handover.round_steps=)\d+": "1",
     r"(?<=sft.epochs=)[\d.]+": "1",
+    r"(?<=validation.problems=)\d+": "4",
 }
 """Patterns in a command, and what stands there when it runs."""
 URL = next(iter(SUBSTITUTES.items()))
@@ -292,7 +294,8 @@ def ready(line: str, server: str) -> list[str]:
 def shortened(words: list[str]) -> list[str]:
     """Overrides of SHORT, and small data where the recipe is a shipped one and the command names none."""
     given = {word.partition("=")[0] for word in words}
-    data = PUZZLES if words[1] in list_recipes() and words[0] != "distill" else []
+    shipped = words[0] == "quickstart" or (words[1] in list_recipes() and words[0] != "distill")
+    data = PUZZLES if shipped else []
     if words[0] == "coldstart" or any(key.startswith("validation.") for key in given):
         data = [*data, "validation.problems=4"]
     wanted = [*data, *(f"{key}={value}" for key, value in SHORT.items())]

@@ -117,7 +117,7 @@ class Columns(Section):
 
 
 class Data(Section):
-    """The sources of problems: a data file, a folder, a hub id, or `builtin:NAME?key=value&...`."""
+    """The sources of problems: a data file, a folder, a hub id, or `builtin:NAME?option=value&...`."""
 
     cold_start: str = "builtin:puzzles?split=train&count=1000&seed=1"
     """Problems (answered by the teacher) or demonstrations (used as they are) for SFT."""
