@@ -301,6 +301,9 @@ def shortened(words: list[str]) -> list[str]:
     wanted = [*data, *(f"{key}={value}" for key, value in SHORT.items())]
     if "sft.handover.rule=probe" in words:  # trials need steps that their losers may take
         wanted += ["grpo.steps=8", "sft.handover.most_share=0.5"]
+    keys = [word for word in words[2:] if "=" in word]
+    if words[0] == "run" and keys and all(key.startswith("grpo.") and "arms" not in key for key in keys):
+        wanted.append("study.arms=[base, grpo]")  # which is what the command is about
     return [each for each in wanted if each.partition("=")[0] not in given]
 
 
