@@ -1,5 +1,6 @@
 """Real small parts shared by tests: a random Qwen2.5-VL with its processor, drawn images, problems."""
 
+import gc
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,12 @@ from rlcs.records.trees import Branch, Tree
 from rlcs.storage import file_sum, write_manifest
 
 pytest_plugins = ("faults_table",)
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of later garbage collections, of which every run makes several."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,6 @@ What is put in the place of a page's names and sizes, and what runs elsewhere, s
 """
 
 import contextlib
-import gc
 import json
 import os
 import random
@@ -221,15 +220,6 @@ def write_recipes(folder: Path, text: str, server: str) -> None:
             recipe = merged(recipe, block)
     for name in ("mine.yaml", "recipe.yaml"):
         (folder / name).write_text(yaml.safe_dump(recipe), encoding="utf-8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _light_collections() -> Iterator[None]:
-    """Every run collects garbage several times; without what the tests hold anyway this takes no time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

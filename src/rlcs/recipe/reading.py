@@ -7,7 +7,9 @@ by `extends`, and text that looks like a number is quoted.
 import io
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
@@ -41,6 +43,12 @@ class Parsed:
 
 def parse(text: str, *, where: str) -> Parsed:
     """Read one YAML document. Raises RecipeError with the line of the error."""
+    parsed = _parsed(text, where)
+    return replace(parsed, value=deepcopy(parsed.value))
+
+
+@lru_cache(maxsize=32)  # a command reads the same few recipes several times, which takes as long as a step
+def _parsed(text: str, where: str) -> Parsed:
     builder = _Builder(_yaml(), where)
     try:
         node = builder.yaml.compose(text)
