@@ -12,12 +12,14 @@ of methods, counted in the same way.
 import gc
 import importlib
 import io
+import itertools
 import json
 import os
 import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,8 +40,9 @@ WRITES = (
 class Job:
     """One command, as `ranks` processes; `signals` are (event, signal number) of the process `rank`.
 
-    Events are file events, or calls of the method `point` ("module:Class.method"). `environ` are variables
-    that it has (None: has not), `file_bytes` the largest file that it can write.
+    Events are file events, or calls of the method `point` ("module:Class.method"). Of `errors`, (first, last,
+    errno), those events fail. `environ` are variables that it has (None: has not), `file_bytes` the largest
+    file that it can write. With `clock_jumps` the time of day jumps by hours at each look.
     """
 
     words: Sequence[str]
@@ -47,6 +50,8 @@ class Job:
     log: str
     signals: Sequence[tuple[int, int]] = ()
     point: str | None = None
+    errors: tuple[int, int, int] = (0, 0, 0)
+    clock_jumps: bool = False
     ranks: int = 1
     rank: int = 0
     port: int = 0
@@ -64,21 +69,27 @@ class Outcome:
 
 
 class Events:
-    """The events of one process so far, and the signals still to send."""
+    """The events of one process so far, and the signals and errors still to come."""
 
-    def __init__(self, signals: Sequence[tuple[int, int]], report: int) -> None:
-        self._signals, self._report = dict(signals), report
+    def __init__(
+        self, signals: Sequence[tuple[int, int]], report: int, errors: tuple[int, int, int] = (0, 0, 0)
+    ) -> None:
+        self._signals, self._report, self._errors = dict(signals), report, errors
         self._count = 0
         self._lock = threading.RLock()
 
     def happens(self, what: str) -> None:
-        """Count an event, and send the signal that is due at it."""
+        """Count an event, and send the signal that is due at it. Raises OSError where it is to fail."""
+        first, last, errno = self._errors
         with self._lock:
             self._count += 1
             number = self._signals.pop(self._count, None)
+            fails = first <= self._count <= last
             os.write(self._report, f"{what}\n".encode("utf-8", "backslashreplace"))
         if number is not None:
             os.kill(os.getpid(), number)
+        if fails:
+            raise OSError(errno, os.strerror(errno), what)
 
 
 class FileEvents:
@@ -121,6 +132,13 @@ def count_calls(point: str, events: Events) -> None:
         return real(*args, **options)
 
     setattr(kind, method, counted)
+
+
+def let_clock_jump() -> None:
+    """Let the time of day jump by hours, forwards and back; what counts seconds has other clocks."""
+    real, looks = time.time, itertools.count()
+    jumps = (0, 7_200, -3_600, 90_000, -7_200)
+    time.time = lambda: real() + jumps[next(looks) % len(jumps)]
 
 
 def warm() -> None:
@@ -168,7 +186,9 @@ def child(job: Job, rank: int, *, output: int, report: int) -> None:
         sys.argv = ["rlcs", *job.words]
         from rlcs.cli.main import main
 
-        events = Events(job.signals if rank == job.rank else (), report)
+        if job.clock_jumps:
+            let_clock_jump()
+        events = Events(job.signals if rank == job.rank else (), report, job.errors)
         if job.point is not None:
             count_calls(job.point, events)
         elif job.file_bytes is None:

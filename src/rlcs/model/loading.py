@@ -330,9 +330,9 @@ def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: boo
     return _chat(processor, family, prompts, images, rl=rl)
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, revision: str | None = None) -> Any:
     """Load the configuration of the model behind a name, as `resolve` knows them. Raises ModelError."""
-    settings = ModelSettings(name=name)
+    settings = ModelSettings(name=name, revision=revision)
     with _files_of(settings) as source:
         return AutoConfig.from_pretrained(**source)
 
