@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import httpx
 import openai
 import psutil
 import pytest
 import torch
+from starlette.requests import Request
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
@@ -32,7 +35,8 @@ from conftest import draw
 from rlcs.cli.main import app
 from rlcs.data.images import data_uri, encoded_image, open_image
 from rlcs.errors import UserError
-from rlcs.serving.protocol import Limits, token_logprob
+from rlcs.serving.protocol import ApiError, Limits, token_logprob
+from rlcs.serving.server import Service
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +352,25 @@ def test_a_key_opens(strict):
         with pytest.raises(openai.AuthenticationError):
             client_of(strict, key).models.list()
     assert json.loads(get(strict, "/health")) == {"status": "ok"}
+
+
+@pytest.mark.fault("server", "wrong keys", "refused by a comparison in constant time, which alone decides")
+@pytest.mark.parametrize(
+    "given", ["Bearer secret", "Bearer secreT", "Bearer Secret", "Bearer s", "", "secret"]
+)
+def test_keys_are_compared_in_constant_time(given, monkeypatch):
+    compared = []
+
+    def compare(one, other):
+        compared.append((one, other))
+        return answer
+
+    monkeypatch.setattr("rlcs.serving.server.hmac.compare_digest", compare)
+    request = Request({"type": "http", "headers": [(b"authorization", given.encode())]})
+    for answer in (True, False):
+        with nullcontext() if answer else pytest.raises(ApiError):
+            Service.authorise(SimpleNamespace(key="secret"), request)
+    assert compared == [(given.removeprefix("Bearer ").encode(), b"secret")] * 2
 
 
 def test_limits_hold(strict):

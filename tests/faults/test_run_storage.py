@@ -62,7 +62,7 @@ FAILURES = {
 """What happens to file events, the error of each, and how many events have it."""
 
 
-@pytest.mark.fault("storage", "from any file event on: read-only, no access, stale handles, disk errors, quota",
+@pytest.mark.fault("storage", "from any file event on: read-only, no access, stale handles, errors, no quota",
                    "a sentence; once it is well the same command ends with the same bytes")  # fmt: skip
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_file_system_that_fails(runner, undisturbed, tmp_path, failure, story, every, record_property):
