@@ -61,10 +61,11 @@ STORIES = {
 """Commands by name; `{mini}` is a folder with a benchmark, `{vllm}` a program that plays vLLM."""
 IMAGE = 518  # the id of an image's tokens in the built-in model
 FAKE_VLLM = Path(__file__).parent.parent / "fake_vllm.py"
-VARIES = {"seconds", "spent_s", "command", "tokens_per_s", "python"}
+VARIES = {"seconds", "spent_s", "command", "tokens_per_s", "python", "staleness"}
 """Values that differ between any two runs, by their names in JSON.
 
 `python` is the state of Python's own random numbers, from which no run draws: each process begins another.
+`staleness` is that of answers by older weights (`one_step_off`): none are the first ones of a new start.
 """
 STOPPED = 130
 Events = Sequence[Sequence[str]]
