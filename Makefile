@@ -84,9 +84,9 @@ types: $(VENV)/.stamp-dev  ## mypy, strict
 pytest: $(VENV)/.stamp-dev  ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
-# Two processes at most: each of several hundred kills starts real training.
+# Two processes at most: each of several hundred kills starts real training. The longest modules come first.
 test-faults: $(VENV)/.stamp-dev  ## every fault, killed at every file event; writes docs/reliability.md (an hour)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m fault --every-kill --write-faults-table
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m fault --every-kill --write-faults-table
 
 bench: $(VENV)/.stamp-bench  ## one GRPO step against TRL, same weights and data -> bench/results/latest.json
 	$(BIN)/python -m bench --write-docs

@@ -3,8 +3,8 @@
 
 `serve FOLDER --port N ...`: the answer to a prompt is the name of the weights folder that it loaded, letter
 by letter, as ids, or of the adapter's folder where one was asked for by its name. Beside that folder's parent
-lies `behaviour.json`: `{"die_after": 3, ...}`. With `varied` answers depend on the seed alone; with
-`tail: [8, 2.0]` one prompt in eight takes two seconds.
+lies `behaviour.json`, or where FAKE_VLLM says: `{"die_after": 3, ...}`. With `varied` answers depend on the
+seed alone; with `tail: [8, 2.0]` one prompt in eight takes two seconds.
 """
 
 import base64
@@ -24,7 +24,7 @@ if sys.argv[1:] == ["--version"]:
     sys.exit()
 FOLDER = Path(sys.argv[2])
 PORT = int(sys.argv[sys.argv.index("--port") + 1])
-BEHAVIOUR = FOLDER.parent.parent / "behaviour.json"
+BEHAVIOUR = Path(os.environ.get("FAKE_VLLM", FOLDER.parent.parent / "behaviour.json"))
 STATE = {"folder": str(FOLDER), "version": "default", "paused": False, "asked": 0, "adapters": {}}
 SLEEPS = "--enable-sleep-mode" in sys.argv
 ASLEEP = {"weights": False, "kv_cache": False}

@@ -19,6 +19,7 @@ AREAS = {
     "data": "Data",
     "images": "Images",
     "teacher": "Teachers and judges",
+    "engines": "Servers of rollouts, and trackers",
     "numbers": "Numbers",
     "user code": "Reward functions",
     "server": "The server",

@@ -104,6 +104,7 @@ def test_an_over_long_conversation_says_that_its_turns_count(vlm):
         chat.prompt(make_conversation("p", system="s"))
 
 
+@pytest.mark.fault("data", "control tokens typed into any field", "plain text")
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=6))
 @settings(max_examples=50, deadline=None)
 def test_typed_control_tokens_stay_text(chat_once, chosen):
@@ -144,6 +145,7 @@ def test_an_over_long_prompt_names_its_length_and_the_key(vlm):
         chat.prompt(make_problem("problem-9"))
 
 
+@pytest.mark.fault("limits", "an endless text", "refused before all of it is read")
 def test_an_endless_text_is_refused_before_all_of_it_is_tokenised(vlm, monkeypatch):
     chat, seen = loading.make_chat(vlm, prompts=Prompts(max_tokens=3000)), []
     tokenise = chat.text_ids

@@ -203,6 +203,7 @@ def test_restoring_leaves_nothing_of_what_the_optimizer_knew() -> None:
     assert everything(model, optimizer) == everything(fresh, fresh_optimizer)
 
 
+@pytest.mark.fault("storage", "a checkpoint of another model", "refused")
 def test_another_model_or_choice_of_parts_is_refused() -> None:
     model, optimizer = build(0)
     state = st.capture(model, optimizer, step=1, cursor={})
@@ -268,6 +269,9 @@ def test_an_older_step_saved_later_never_removes_itself_or_its_future(tmp_path: 
     assert names(tmp_path) == ["step-000100", "step-000120"]
 
 
+@pytest.mark.fault(
+    "storage", "a full disk while a checkpoint is written", "the previous one stays, nothing beside it"
+)
 def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     ck.Checkpoints(tmp_path).save(small(1), keep=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -281,6 +285,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(tmp_path: P
     assert same(load(tmp_path, 1), small(1))
 
 
+@pytest.mark.fault("storage", "a disk that refuses a checkpoint", "a sentence")
 def test_a_disk_that_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -465,6 +470,7 @@ def test_a_save_waits_for_the_one_before_and_takes_no_more_memory(
     assert checkpoints._copies._buffer.data_ptr() == buffer
 
 
+@pytest.mark.fault("storage", "a full disk under a checkpoint in the background", "reported at the next step")
 @pytest.mark.parametrize("finish", ["poll", "wait", "start"])
 def test_a_full_disk_is_reported_when_training_looks_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finish: str
@@ -485,6 +491,7 @@ def test_a_full_disk_is_reported_when_training_looks_again(
     assert names(tmp_path) == ["step-000001"]
 
 
+@pytest.mark.fault("limits", "no memory for a copy of a checkpoint", "training waits for the write")
 def test_without_memory_for_a_copy_training_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -533,6 +540,9 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
 
+@pytest.mark.fault(
+    "storage", "each file of a checkpoint damaged, cut or gone", "set aside; the one before is taken"
+)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", FILES)
 def test_damage_is_found_set_aside_and_survived(tmp_path: Path, file: str, damage: str) -> None:
@@ -569,6 +579,7 @@ def other_format(folder: Path) -> None:
     seal(path.parent)
 
 
+@pytest.mark.fault("storage", "checkpoints with files of others", "not believed")
 @pytest.mark.parametrize("mix_up", [swap_manifest, wrong_name, empty_manifest, other_format])
 def test_mixed_up_folders_are_not_believed(tmp_path: Path, mix_up: Callable[[Path], None]) -> None:
     for step in (1, 2):
@@ -579,6 +590,7 @@ def test_mixed_up_folders_are_not_believed(tmp_path: Path, mix_up: Callable[[Pat
     assert state is not None and same(state, small(1))
 
 
+@pytest.mark.fault("storage", "no checkpoint left that is whole", "a sentence")
 def test_nothing_left_to_fall_back_to(tmp_path: Path) -> None:
     for _ in range(2):  # the second time `.bad` is taken
         ck.Checkpoints(tmp_path).save(small(1), keep=1)
@@ -706,6 +718,9 @@ def kill_matrix(work: Path) -> dict[str, list[int]]:
     return results
 
 
+@pytest.mark.fault(
+    "kills", "SIGKILL at every file event of one save", "the previous checkpoint or the new one, whole"
+)
 def test_killed_at_every_event_of_a_save(tmp_path: Path) -> None:
     """In a process of its own with one thread, since it forks."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

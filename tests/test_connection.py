@@ -364,6 +364,7 @@ def test_the_wrong_scheme_is_named():
         ask(server.url)
 
 
+@pytest.mark.fault("teacher", "an address where nobody answers", "a sentence in seconds")
 def test_a_connection_that_is_not_made_takes_seconds_not_minutes(silent, monkeypatch):
     monkeypatch.setattr(client, "CONNECT_S", 0.2)
     with pytest.raises(EndpointError, match=r"nothing answers there.*ConnectTimeout"):

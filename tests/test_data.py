@@ -172,6 +172,7 @@ def good_row(**changes):
     return {key: value for key, value in row.items() if value is not ...}
 
 
+@pytest.mark.fault("data", "a bad row of each kind", "named; the others are read")
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -422,6 +423,7 @@ def test_embedded_images_lie_in_a_folder_once_where_several_processes_read_them(
         assert encoded_image(other) == image.data and row.problem.digest == kept.problem.digest
 
 
+@pytest.mark.fault("data", "bad rows of a parquet file", "named by number")
 def test_parquet_names_bad_rows_by_number(folder):
     answers = pa.array([str(i) if i != 70 else None for i in range(150)])
     questions = pa.array([b"q" if i != 130 else b"\xff" for i in range(150)]).view(pa.string())
@@ -461,6 +463,7 @@ def test_demonstrations_in_parquet_need_no_answer_column(folder):
         load(str(folder / "rows.parquet"), "rl")
 
 
+@pytest.mark.fault("data", "a damaged parquet file", "one sentence")
 def test_a_damaged_parquet_file_is_one_error(folder):
     path = folder / "rows.parquet"
     rows = 2000

@@ -220,6 +220,7 @@ def test_adapters_are_merged_from_shards(alone, pair):
     assert any(weight.abs().max() > 0 for name, weight in moved.items() if "lora_B" in name)
 
 
+@pytest.mark.fault("kills", "a signal to one of two ranks while it trains", "all stop after the same step")
 @pytest.mark.parametrize(("name", "step"), [("sft", 3), ("paper", 1)])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(pair, name, step):
     folder = pair / f"{name}-stopped"
@@ -273,6 +274,7 @@ def test_two_ranks_measure_while_they_train_and_keep_the_best(random_model_folde
     assert made.keys() == final.keys() and all(torch.equal(made[name], final[name]) for name in final)
 
 
+@pytest.mark.fault("kills", "a rank that dies or hangs in a collective", "the others end and name it")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
 def test_a_rank_that_dies_or_hangs_takes_the_others_along(random_model_folder, tmp_path, how):
     job = {"model": str(random_model_folder), "folder": str(tmp_path / "run"), "timeout_s": 20}
@@ -291,6 +293,7 @@ def test_a_rank_that_dies_or_hangs_takes_the_others_along(random_model_folder, t
             rank.communicate()
 
 
+@pytest.mark.fault("limits", "one rank without memory", "all end with the reason")
 def test_a_rank_without_memory_ends_all(random_model_folder, tmp_path):
     job = {"model": str(random_model_folder), "folder": str(tmp_path / "run"), "timeout_s": 20}
     (tmp_path / "jobs.json").write_text(json.dumps([job | {"sft": SFT, "run_out_of_memory": True}]))

@@ -127,6 +127,7 @@ def test_a_huge_image_is_shrunk_to_the_models_own_bounds(tmp_path, random_model_
     assert scores(tmp_path)["refused"]["count"] == 0 and predictions(tmp_path)[0]["tokens"] >= 1
 
 
+@pytest.mark.fault("kills", "an evaluation that is killed", "goes on; nothing is asked twice")
 def test_a_killed_evaluation_goes_on_without_asking_twice(tmp_path):
     vision_folder(tmp_path / "mini", 40)
     words = ["eval", "builtin", "--benchmarks", "mathvision", "--split", "testmini", "--data", "mini"]
@@ -320,6 +321,7 @@ def test_a_stop_keeps_what_has_come(mini):
     assert len(predictions(mini)) == 6
 
 
+@pytest.mark.fault("data", "a benchmark whose images are missing", "counted and named")
 def test_missing_images_are_counted_and_named_not_scored_as_zero(tmp_path, capsys):
     keys = ("2steps_1", "2steps_2", "2steps_multi")
     rows = [we(f"2steps_{i}", key, image_path=f"2steps/image/{i}-{key}.png") for i in (1, 2) for key in keys]
@@ -424,6 +426,7 @@ def test_a_start_without_any_answer_may_be_corrected(mini):
         run(eval_run(mini, other))
 
 
+@pytest.mark.fault("data", "a measured model changed in its folder", "another model")
 def test_a_model_that_changed_in_its_folder_is_another_model(mini, random_model_folder, tmp_path):
     import shutil
 

@@ -101,6 +101,7 @@ def test_a_json_file_that_cannot_be_read_says_where_it_ends(tmp_path, content, m
     assert "\n  -> " in str(caught.value) and len(str(caught.value)) < 600
 
 
+@pytest.mark.fault("data", "a packed file cut off, another encoding", "named")
 def test_a_packed_file_that_is_cut_off_and_another_encoding_are_named(tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines("1", "2").encode())[:-12])
     with pytest.raises(DataError, match="cannot be read"):

@@ -131,6 +131,9 @@ def test_the_weights_move_as_in_a_step_that_waits(pair, name):
     assert_same(pair / f"{name}-moving-none", pair / f"{name}-moving-on_policy")
 
 
+@pytest.mark.fault(
+    "engines", "a server killed while groups are learnt from", "the same gradients, nothing twice"
+)
 def test_a_killed_server_changes_nothing_and_nothing_is_learnt_twice(pair):
     assert len(list((pair / "killed" / "rollout").glob("started-*.json"))) == 3
     assert_same_gradients(pair / "plain-none", pair / "killed")

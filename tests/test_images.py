@@ -47,6 +47,7 @@ def png_of_size(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
+@pytest.mark.fault("images", "paths that leave the folder of the images", "refused before anything is opened")
 def test_paths_that_leave_the_root_are_refused_before_anything_is_opened(tmp_path):
     root = tmp_path / "data"
     root.mkdir()
@@ -79,6 +80,7 @@ def test_paths_that_leave_the_root_are_refused_before_anything_is_opened(tmp_pat
     assert opened == []
 
 
+@pytest.mark.fault("images", "devices, pipes, folders, missing files", "refused with a sentence")
 def test_devices_pipes_folders_and_missing_files_are_not_images(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
@@ -134,6 +136,7 @@ def test_a_file_larger_than_its_pixels_could_ever_be_is_not_read(tmp_path):
         images.image_from_path("huge.png", root=tmp_path, limit=64 * 48)
 
 
+@pytest.mark.fault("images", "absurd shapes", "refused")
 def test_absurd_shapes_are_refused_and_the_smallest_image_is_not():
     with pytest.raises(ImageError, match="200 times"):
         images.image_from_bytes(encoded(Image.new("L", (1, 10_000))), limit=LIMIT, where="x")
@@ -141,6 +144,7 @@ def test_absurd_shapes_are_refused_and_the_smallest_image_is_not():
     assert decoded(encoded(Image.new("L", (1, 1)))).size == (1, 1)
 
 
+@pytest.mark.fault("images", "an image that is cut off", "found without decoding it")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_a_truncated_image_is_found_without_decoding_whole_ones(kind, share):
@@ -188,6 +192,7 @@ def test_what_is_no_image_is_said_to_be_none(data, reason):
         images.image_from_bytes(data, limit=LIMIT, where="x.png")
 
 
+@pytest.mark.fault("images", "random bytes behind an image's beginning", "a sentence, nothing else")
 @pytest.mark.filterwarnings("ignore:::PIL")
 @settings(deadline=None)
 @given(data=st.binary(max_size=60), kind=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]))
@@ -273,6 +278,7 @@ def test_an_odd_orientation_is_ignored():
     assert decoded(encoded(noise(), "JPEG", exif=b"Exif\0\0rubbish")).size == (64, 48)
 
 
+@pytest.mark.fault("images", "an image changed since it was read", "noticed")
 def test_an_image_that_changed_since_it_was_read_is_noticed(tmp_path):
     (tmp_path / "x.png").write_bytes(encoded(noise()))
     ref = images.image_from_path("x.png", root=tmp_path, limit=LIMIT)

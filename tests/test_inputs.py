@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from conftest import make_problem
 from rlcs.data.rows import Row
 from rlcs.data.run_data import RunData
 from rlcs.errors import RunFolderError
+from rlcs.pipeline import inputs
 from rlcs.pipeline.inputs import INPUTS, check_inputs
 from rlcs.storage import append_jsonl, read_json
 
@@ -99,3 +101,25 @@ def test_a_start_without_results_may_have_other_inputs(tmp_path, model):
     assert read_json(folder / INPUTS) == before
     check_inputs(folder, data_of(rl=RL[::-1]), str(model))
     assert read_json(folder / INPUTS) != before
+
+
+def test_a_run_goes_on_with_the_commit_of_its_first_start(tmp_path, monkeypatch):
+    """Whatever has come to the hub meanwhile; without results it takes what is there."""
+    commits = {"main": "a" * 40}
+
+    def load_config(name, revision=None):
+        return SimpleNamespace(_commit_hash=commits[revision or "main"])
+
+    monkeypatch.setattr(inputs, "load_config", load_config)
+    folder = tmp_path / "run"
+    assert check_inputs(folder, data_of(), "some/model") == "a" * 40
+    commits["main"] = "b" * 40
+    assert check_inputs(folder, data_of(), "some/model") == "a" * 40
+    assert read_json(folder / INPUTS)["model"] == {"some/model@main": {"sha256": "a" * 40}}
+    assert check_inputs(tmp_path / "other", data_of(), "some/model") == "b" * 40
+    commits["v1"] = "c" * 40
+    assert check_inputs(folder, data_of(), "some/model", revision="v1") == "c" * 40
+
+
+def test_the_files_of_a_folder_have_no_commit(run, model):
+    assert check_inputs(run, data_of(), str(model), revision="given") == "given"

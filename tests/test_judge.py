@@ -170,6 +170,7 @@ def test_a_reply_is_read_strictly(scale, text, score):
     assert score is not None or ("cannot be read" in grade.why and text[:20].split("\n")[0] in grade.why)
 
 
+@pytest.mark.fault("teacher", "a judge's reply cut off or missing", "unscored")
 def test_a_cut_off_or_missing_reply_is_unscored():
     cut = read_score(reply("It is\nno", StopReason.LENGTH), "yes_no")
     assert cut.reward is None and "is cut off" in cut.why
@@ -316,6 +317,7 @@ def test_the_trial_does_not_count_and_a_run_at_its_limit_goes_on_with_another(ra
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.fault("kills", "a run with a judge that is killed", "nothing is asked twice; the same bytes")
 def test_a_killed_run_asks_nothing_twice_and_ends_as_the_unbroken_one(random_model_folder, tmp_path):
     with LoopbackServer(answer=judged, delay_s=0.05) as server:
         words = words_of(tmp_path / "whole", server, random_model_folder)

@@ -141,6 +141,7 @@ def test_a_try_has_a_deadline():
     assert attempts(server)["stuck"] == 2 and got["stuck"].stop is StopReason.EOS
 
 
+@pytest.mark.fault("teacher", "one request that a server refuses", "fails alone, at once")
 @pytest.mark.parametrize(("fault", "said"), [("400", "told to say 400"), ("filtered", "withheld")])
 def test_one_bad_request_fails_alone_and_at_once(fault, said):
     with LoopbackServer(faults={"bad": [fault]}) as server:
@@ -219,6 +220,7 @@ def test_nothing_listens_there():
         EndpointClient(Endpoint(base_url="localhost:8000", model="m"), SAMPLING)
 
 
+@pytest.mark.fault("teacher", "an image that is gone", "its request fails alone")
 def test_an_image_that_is_gone_fails_its_request_alone(tmp_path: Path):
     from rlcs.data.images import image_from_path
 

@@ -614,6 +614,7 @@ def test_memory_that_runs_out_names_the_phase_and_the_keys(
     assert ("the same command with such a KEY=VALUE goes on" in error.fix) and error.exit_code == 1
 
 
+@pytest.mark.fault("limits", "memory that runs out in a stage", "named; the run goes on with smaller packs")
 def test_a_run_whose_memory_ran_out_goes_on_with_smaller_packs(random_model_folder, tmp_path, monkeypatch):
     words = [f"model.name={random_model_folder}", *SMALL, "study.arms=[base, sft]"]
     step, steps = torch.optim.AdamW.step, []

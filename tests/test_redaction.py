@@ -2,18 +2,26 @@
 
 import base64
 import html
+import itertools
 import json
 import logging
 import os
 import subprocess
 import sys
+import time
+from functools import partial
 from urllib.parse import quote, quote_plus
 
 import pytest
 
+from conftest import SMALL_STUDY
 from loopback_server import LoopbackServer, last_text
+from rlcs.engines.vllm.process import Process
+from rlcs.engines.vllm.server import Launch
 from rlcs.errors import UserError
+from rlcs.recipe.sampling import Rollouts
 from rlcs.redaction import RedactingFormatter, is_key, redacted, shown
+from rlcs.serving.remote import serving
 from rlcs.storage import append_jsonl, atomic_write, read_jsonl, write_json
 from test_benchmarks import vision_folder
 
@@ -92,9 +100,14 @@ def test_files_logs_and_errors_leave_keys_out(tmp_path, monkeypatch):
     assert read_jsonl(tmp_path / "b.jsonl") == [{"text": "***", "question": 2}]
 
 
+JUDGED = itertools.cycle(["four", "three", "five", "an answer"])
+"""How the server replies to a judge's requests, which do not begin with the name of a question."""
+
+
 def quoting(body):
     """Answers and errors that quote the key in all its forms, in headers too."""
-    said = " ".join([last_text(body)[:20], *forms(KEY).values()])
+    asked = next(JUDGED) if body["model"] == "j" else last_text(body)[:20]
+    said = " ".join([asked, *forms(KEY).values()])
     text = json.dumps({"choices": [{"message": {"content": f"{said} \\boxed{{4}}"}, "finish_reason": said}]})
     status = "200 OK"
     if "three" in said:
@@ -110,7 +123,7 @@ def quoting(body):
 
 
 @pytest.mark.fault(
-    "secrets", "a server that quotes the key in answers, errors, headers", "in no file or message"
+    "secrets", "a teacher, a model and a judge that quote the key in all they send", "in no file or message"
 )
 def test_a_run_writes_and_prints_no_key(tmp_path):
     names = ("one", "two", "three", "four", "five", "six", "seven")
@@ -138,10 +151,31 @@ def test_a_run_writes_and_prints_no_key(tmp_path):
             done = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=tmp_path)
             assert "Traceback" not in done.stderr, done.stderr
             assert not leaks(done.stdout) and not leaks(done.stderr), done.stderr
+        judged = [body for body in server.seen if body["model"] == "j"]
+        assert len(judged) >= 3, "the judge was told errors, too"
         assert len(server.seen) >= 10 and f"Bearer {KEY}" in server.headers[0]
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in written} >= {"samples.jsonl", "predictions.jsonl"}
     assert not [(path, found) for path in written if (found := leaks(path.read_text(errors="replace")))]
+
+
+@pytest.mark.fault("secrets", "a vLLM that writes its whole environment into its log", "no key is there")
+def test_programs_with_logs_of_their_own_get_no_keys(tmp_path, monkeypatch):
+    program = tmp_path / "vllm"
+    program.write_text("#!/bin/sh\nenv; exit 1\n")
+    program.chmod(0o755)
+    for name in ("SOME_API_KEY", "MINE", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, KEY)
+    monkeypatch.setenv("RLCS_KEYS", "MINE")
+    monkeypatch.setenv("HF_TOKEN", "hf-0123456789")
+    settings = Rollouts(engine="vllm_server", executable=str(program))
+    training = Launch(settings=settings, dtype="float32", max_tokens=8, max_rows=1)
+    for launch in (training, serving(str(program), "builtin", key="own-0123456789")):
+        log = tmp_path / "vllm.log"
+        process = Process(partial(launch.command, tmp_path), launch.environment(0), log)
+        while process.runs:
+            time.sleep(0.05)
+        assert "hf-0123456789" in log.read_text() and not leaks(log.read_text())
 
 
 _FORBIDDEN = """
@@ -172,3 +206,42 @@ def test_libraries_send_no_statistics_unless_asked():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert f"'HF_HUB_DISABLE_TELEMETRY': '{wanted}'" in done.stdout, done.stderr
         assert "'GRADIO_ANALYTICS_ENABLED': 'False'" in done.stdout and "'DO_NOT_TRACK': '1'" in done.stdout
+
+
+_WATCH = """
+import os, sys
+LOCAL = (None, "", "localhost", "::1", "0.0.0.0", "::")
+def watch(event, arguments):
+    place = None
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        place = arguments[1][0]
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        place = arguments[0]
+    place = place.decode() if isinstance(place, bytes) else place
+    if place not in LOCAL and not place.startswith("127."):
+        with open(os.environ["SEEN_CONNECTIONS"], "a") as file:
+            file.write(f"{event} {place} {sys.argv}\\n")
+sys.addaudithook(watch)
+"""
+_OUTSIDE = "import socket; s = socket.socket(); s.setblocking(False); s.connect_ex(('192.0.2.1', 9))"
+
+
+@pytest.mark.fault(
+    "secrets", "whole commands and their processes, watched", "connections to this machine alone"
+)
+def test_commands_speak_to_nobody(tmp_path, pytestconfig):
+    (tmp_path / "sitecustomize.py").write_text(_WATCH)
+    seen = tmp_path / "seen"
+    environment = {**os.environ, "SEEN_CONNECTIONS": str(seen)}
+    environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    subprocess.run([sys.executable, "-c", _OUTSIDE], env=environment, check=False)
+    assert "192.0.2.1" in seen.read_text(), "the watch works"
+    seen.unlink()
+    words = ["distill", "quickstart", "data.cold_start=builtin:puzzles?count=4&seed=1"]
+    if pytestconfig.getoption("every_kill"):
+        short = ["grpo.steps=1", "grpo.max_new_tokens=8", "eval.max_new_tokens=4"]
+        words = ["run", "quickstart", *SMALL_STUDY, *short]
+    command = [sys.executable, "-m", "rlcs", *words, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not seen.exists(), seen.read_text()

@@ -159,6 +159,7 @@ def test_reasoning_that_a_server_keeps_apart_is_reasoning_here(name):
     assert split_answer(text) == ("I count 3.", "3")
 
 
+@pytest.mark.fault("engines", "an answer that breaks off", "no answer")
 @pytest.mark.parametrize(
     "end", [None, 'data: {"error": {"message": "out of memory"}}\n\n', "data: {oops\n\n"]
 )
@@ -205,6 +206,7 @@ def test_chat_starts_a_vllm_for_each_model_and_ends_it(program, picture, random_
             model.stream(turns(picture), SHORT)
 
 
+@pytest.mark.fault("engines", "a vLLM for chat that ends at once", "a sentence with its last errors")
 def test_a_vllm_that_ends_at_once_says_why(program):
     with (
         pytest.raises(ModelError, match=r"no such architecture(.|\n)*--engine local"),

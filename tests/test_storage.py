@@ -31,6 +31,7 @@ def test_atomic_write_works_for_the_longest_name_a_folder_takes(tmp_path):
     assert path.read_text() == "content"
 
 
+@pytest.mark.fault("storage", "a full disk while a file is replaced", "the old file stays; a sentence")
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
     path = tmp_path / "weights.bin"
     storage.atomic_write(path, b"old")
@@ -69,6 +70,7 @@ storage.atomic_write(path, b"new" * 100)
 """
 
 
+@pytest.mark.fault("kills", "SIGKILL at any point of one write", "the old file or the new one")
 def test_a_kill_at_any_point_of_a_write_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "state.json"
     outcomes = []
@@ -93,6 +95,7 @@ def test_json_without_nan(tmp_path):
         storage.write_json(tmp_path / "x.json", {"loss": float("nan")})
 
 
+@pytest.mark.fault("storage", "a damaged JSON file", "a sentence with the file")
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b"", b"[" * 100_000])
 def test_broken_json_names_the_file(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
@@ -133,6 +136,7 @@ def test_jsonl_goes_out_and_comes_back(tmp_path_factory, batches):
     assert storage.read_jsonl(path) == [row for rows in batches for row in rows]
 
 
+@pytest.mark.fault("storage", "a file of rows cut at any byte", "its last row alone is lost")
 def test_jsonl_cut_at_any_byte_loses_only_its_last_row_and_can_be_appended_to(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": i, "text": "ä\n" * i} for i in range(3)]
@@ -147,6 +151,7 @@ def test_jsonl_cut_at_any_byte_loses_only_its_last_row_and_can_be_appended_to(tm
         assert storage.read_jsonl(path) == [*whole, {"step": "next"}]
 
 
+@pytest.mark.fault("storage", "a full disk while rows are added", "the rows are taken back")
 def test_rows_that_do_not_fit_on_the_disk_are_taken_back(tmp_path):
     path = tmp_path / "x.jsonl"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -236,6 +241,7 @@ def test_every_damage_to_a_file_is_found_and_named(checkpoint, name):
         storage.verify_manifest(checkpoint)
 
 
+@pytest.mark.fault("storage", "a damaged or hostile list of files", "refused")
 @pytest.mark.parametrize(
     "manifest",
     [

@@ -107,6 +107,7 @@ def test_wandb_offline_writes_every_step(tmp_path):
     assert sum(path.read_bytes().count(b"grpo/reward") for path in files) >= 9
 
 
+@pytest.mark.fault("engines", "a tracker that fails", "told once; the run goes on")
 def test_a_tracker_that_raises_is_told_once_and_left_after_three_failures(tmp_path, monkeypatch, caplog):
     calls = []
 

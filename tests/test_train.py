@@ -138,6 +138,9 @@ def test_the_steps_of_one_rollout_step_are_reported_as_one():
     assert step_report("g", both, step=1, steps=1, values={}, seconds={"a": 4.0}).values["tokens_per_s"] == 10
 
 
+@pytest.mark.fault(
+    "numbers", "a loss or gradient that is no number", "the step changes nothing; five in a row stop"
+)
 def test_a_bad_step_changes_nothing_and_too_many_stop_the_run(random_model_folder, demonstrations, tmp_path):
     vlm, chat = fresh(random_model_folder)
     batch = Batch(pack=pack(sft.usable_trees(demonstrations[:2], chat)[0], chat.patches))

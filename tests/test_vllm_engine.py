@@ -151,6 +151,7 @@ def test_every_server_answers_by_the_newest_weights(run) -> None:
     assert not any(alive(one["pid"]) for one in both.started)
 
 
+@pytest.mark.fault("engines", "a server that starts slowly", "waited for, not begun again")
 def test_a_server_that_starts_slowly_is_not_begun_again_in_every_round(run) -> None:
     both = run(servers=2, concurrency=2)
     both.behave(first_alone=True)
@@ -159,6 +160,9 @@ def test_a_server_that_starts_slowly_is_not_begun_again_in_every_round(run) -> N
     assert len(both.started) == 2
 
 
+@pytest.mark.fault(
+    "engines", "a vLLM server that is killed, hangs, fails or answers oddly", "asked again; the run goes on"
+)
 @pytest.mark.parametrize("misdeed", ["die_after", "hang_after", "forget_after", "fail_after", "abort_after"])
 @pytest.mark.parametrize("servers", [1, 2])
 def test_a_server_that_fails_costs_a_retry(run, misdeed: str, servers: int) -> None:
@@ -171,6 +175,7 @@ def test_a_server_that_fails_costs_a_retry(run, misdeed: str, servers: int) -> N
     assert len(failing.started) >= servers + (servers == 1 and restarted)
 
 
+@pytest.mark.fault("engines", "a server that was started again", "it gets the weights of now")
 def test_weights_of_now_are_loaded_into_a_restarted_server(run) -> None:
     one = run(concurrency=2)
     old = set(one.ask(4))
@@ -180,6 +185,7 @@ def test_weights_of_now_are_loaded_into_a_restarted_server(run) -> None:
     assert len(one.started) == 2
 
 
+@pytest.mark.fault("engines", "a vLLM server killed whose engine lives on", "its processes are ended")
 def test_what_a_killed_server_leaves_behind_is_ended(run) -> None:
     one = run()
     one.behave(engine=True)
@@ -191,12 +197,14 @@ def test_what_a_killed_server_leaves_behind_is_ended(run) -> None:
     assert len(one.started) == 2 and not alive(engine)
 
 
+@pytest.mark.fault("engines", "no healthy server for long", "the run ends with a sentence")
 def test_no_server_for_long_ends_the_run_with_a_sentence(run) -> None:
     none = run(urls=["http://127.0.0.1:9"], dead_limit_s=1.0)
     with pytest.raises(TrainingError, match=r"no vLLM server was well for 1 s(.|\n)*last checkpoint"):
         none.ask(2)
 
 
+@pytest.mark.fault("engines", "a prompt that kills every server", "the run ends with its name")
 def test_a_prompt_that_kills_every_server_ends_the_run(run) -> None:
     one = run(max_tries=2, concurrency=1)
     one.behave(expand=1)
@@ -206,6 +214,7 @@ def test_a_prompt_that_kills_every_server_ends_the_run(run) -> None:
         one.ask(1)
 
 
+@pytest.mark.fault("engines", "a vLLM that cannot start", "a sentence with its last errors")
 def test_a_program_that_cannot_start_says_why(run, tmp_path: Path) -> None:
     broken = run()
     broken.behave(broken=True)
@@ -269,6 +278,7 @@ def test_the_context_is_read_as_vllm_reads_it(words: tuple[str, ...], tokens: in
     assert launch.fits_itself == (tokens is None)
 
 
+@pytest.mark.fault("engines", "a server left paused", "it goes on")
 def test_a_pause_that_was_cut_off_ends(run) -> None:
     one = run()
     one.ask(1)
@@ -277,6 +287,7 @@ def test_a_pause_that_was_cut_off_ends(run) -> None:
     assert (one.folder / "paused.txt").read_text().split() == ["pause", "resume"] * 2
 
 
+@pytest.mark.fault("engines", "a server that dies while it is given weights", "not waited for")
 def test_a_server_that_dies_while_it_is_given_weights_is_not_waited_for(run) -> None:
     one = run()
     one.ask(4)
@@ -304,6 +315,7 @@ def test_one_server_that_is_well_is_enough(run, monkeypatch: pytest.MonkeyPatch)
     both.ask(1)
 
 
+@pytest.mark.fault("engines", "SIGKILL of the process that started vLLM", "no server is left")
 def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
     script = textwrap.dedent(f"""
         import time
@@ -335,6 +347,7 @@ def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
     assert not alive(server)
 
 
+@pytest.mark.fault("engines", "a server ended at once", "its shared memory is removed")
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /dev/shm")
 @pytest.mark.parametrize("at_once", [True, False])
 def test_shared_memory_of_a_server_goes_with_it(tmp_path: Path, at_once: bool) -> None:
@@ -418,6 +431,7 @@ def test_weights_lie_in_main_memory_where_it_has_room(tmp_path: Path, vlm: Vlm) 
     assert list(memory.iterdir()) == []
 
 
+@pytest.mark.fault("engines", "no room in main memory for weights", "the run's folder takes them")
 def test_without_room_in_main_memory_weights_go_to_the_run(
     tmp_path: Path, vlm: Vlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,6 +524,7 @@ def break_while_publishing(folder: WeightsFolder, vlm: Vlm, *, save: str, file: 
             folder.publish(vlm)
 
 
+@pytest.mark.fault("engines", "weights for a server half written", "never loaded")
 def test_a_half_written_version_has_no_name(tmp_path: Path, vlm: Vlm) -> None:
     folder = WeightsFolder(tmp_path)
     first = folder.publish(vlm)
@@ -625,6 +640,7 @@ def test_a_server_sleeps_while_the_model_trains(run, level: int) -> None:
     assert told(one)[2:] == [f"sleep {level}", *wakes, f"sleep {level}", *wakes] and len(one.started) == 1
 
 
+@pytest.mark.fault("engines", "a server that dies asleep", "started again")
 @pytest.mark.parametrize("misdeed", ["dead_sleeping", "dead_waking", "killed"])
 def test_a_server_that_dies_asleep_is_started_again(run, misdeed: str) -> None:
     one = run(engine="vllm_colocated", sleep_level=2)

@@ -21,6 +21,7 @@ HIDDEN = "***"
 """What stands where a secret stood."""
 _KEY = re.compile(r"(^|_)API_KEY$", re.IGNORECASE)
 _SECRET = re.compile(r"(^|_)(API_KEY|ACCESS_KEY|TOKEN|SECRET)$|^OPENAI_(ORG|PROJECT)_ID$", re.IGNORECASE)
+_OF_THE_HUB = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
 _PROXY = re.compile(r"_PROXY$", re.IGNORECASE)
 _SHORTEST = 8  # shorter values (EMPTY, none) are placeholders, and words of answers
 _IN_ADDRESS = re.compile(
@@ -36,6 +37,19 @@ def is_key(name: str) -> bool:
     A recipe may come from a stranger, so its word alone is not enough: it could name any secret.
     """
     return bool(_KEY.search(name)) or name in _declared(os.environ)
+
+
+def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a program whose log is its own: what it does not have it cannot write there.
+
+    The hub's token stays, by which it may load models.
+    """
+    declared = _declared(environment)
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _OF_THE_HUB or not (_SECRET.search(name) or name in declared)
+    }
 
 
 def redacted(text: str, *, is_json: bool = False) -> str:

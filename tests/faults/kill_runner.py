@@ -1,20 +1,26 @@
 """Runs commands of rlcs in children of one warm process, and kills them at chosen file events.
 
-`python kill_runner.py` reads a job a line and answers with a line. It has imported everything and done
-nothing: no model, thread or file is open when it forks, and torch has one thread. So each child is a fresh
-process that saves the seconds of the imports. An audit hook counts the child's file events below a folder: a
-file opened for writing, a folder made, and names that change or go. At an event a signal is sent before it
-happens.
+`python kill_runner.py` reads a job a line and answers with a line. It has imported everything, and has done
+once what every process does at first: the built-in model loaded, a chart drawn. No model, thread or file is
+open when it forks, and torch has one thread. So each child is a fresh process that saves those seconds.
+
+An audit hook counts the child's file events below a folder: a file opened for writing, a folder made, and
+names that change or go. At an event a signal is sent before it happens. Points between file events are calls
+of methods, counted in the same way.
 """
 
+import gc
+import importlib
 import io
+import itertools
 import json
 import os
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,13 +40,18 @@ WRITES = (
 class Job:
     """One command, as `ranks` processes; `signals` are (event, signal number) of the process `rank`.
 
-    `environ` are variables that it has (None: has not), `file_bytes` the largest file that it can write.
+    Events are file events, or calls of the method `point` ("module:Class.method"). Of `errors`, (first, last,
+    errno), those events fail. `environ` are variables that it has (None: has not), `file_bytes` the largest
+    file that it can write. With `clock_jumps` the time of day jumps by hours at each look.
     """
 
     words: Sequence[str]
     folder: str
     log: str
     signals: Sequence[tuple[int, int]] = ()
+    point: str | None = None
+    errors: tuple[int, int, int] = (0, 0, 0)
+    clock_jumps: bool = False
     ranks: int = 1
     rank: int = 0
     port: int = 0
@@ -57,23 +68,39 @@ class Outcome:
     cpu_s: float
 
 
-class FileEvents:
-    """The audit hook of one process: the events so far, and the signals still to send."""
+class Events:
+    """The events of one process so far, and the signals and errors still to come."""
 
-    def __init__(self, folder: str, signals: Sequence[tuple[int, int]], report: int) -> None:
-        self._folder, self._signals, self._report = folder, dict(signals), report
+    def __init__(
+        self, signals: Sequence[tuple[int, int]], report: int, errors: tuple[int, int, int] = (0, 0, 0)
+    ) -> None:
+        self._signals, self._report, self._errors = dict(signals), report, errors
         self._count = 0
         self._lock = threading.RLock()
 
-    def __call__(self, event: str, args: tuple[object, ...]) -> None:
-        if (name := self._name(event, args)) is None:
-            return
+    def happens(self, what: str) -> None:
+        """Count an event, and send the signal that is due at it. Raises OSError where it is to fail."""
+        first, last, errno = self._errors
         with self._lock:
             self._count += 1
             number = self._signals.pop(self._count, None)
-            os.write(self._report, f"{event} {name}\n".encode("utf-8", "backslashreplace"))
+            fails = first <= self._count <= last
+            os.write(self._report, f"{what}\n".encode("utf-8", "backslashreplace"))
         if number is not None:
             os.kill(os.getpid(), number)
+        if fails:
+            raise OSError(errno, os.strerror(errno), what)
+
+
+class FileEvents:
+    """The audit hook of one process, for events below a folder."""
+
+    def __init__(self, folder: str, events: Events) -> None:
+        self._folder, self._events = folder, events
+
+    def __call__(self, event: str, args: tuple[object, ...]) -> None:
+        if (name := self._name(event, args)) is not None:
+            self._events.happens(f"{event} {name}")
 
     def _name(self, event: str, args: tuple[object, ...]) -> str | None:
         """The file that an event is about, below the folder; None for other events."""
@@ -93,20 +120,51 @@ class FileEvents:
         return text[len(self._folder) :] if text.startswith(self._folder) else None
 
 
+def count_calls(point: str, events: Events) -> None:
+    """Let each call of a method be an event, before it does anything."""
+    module, _, name = point.partition(":")
+    place, _, method = name.partition(".")
+    kind = getattr(importlib.import_module(module), place)
+    real: Callable[..., object] = getattr(kind, method)
+
+    def counted(*args: object, **options: object) -> object:
+        events.happens(point)
+        return real(*args, **options)
+
+    setattr(kind, method, counted)
+
+
+def let_clock_jump() -> None:
+    """Let the time of day jump by hours, forwards and back; what counts seconds has other clocks."""
+    real, looks = time.time, itertools.count()
+    jumps = (0, 7_200, -3_600, 90_000, -7_200)
+    time.time = lambda: real() + jumps[next(looks) % len(jumps)]
+
+
 def warm() -> None:
-    """Import what a run imports."""
+    """Import what a run imports, and do what every process does once."""
     import torch
 
     torch.set_num_threads(1)
-    import matplotlib.pyplot
-    import transformers
+    import tqdm
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-    import rlcs.cli.main
-    import rlcs.pipeline.coldstart
-    import rlcs.pipeline.seeds
-    import rlcs.report
+    from rlcs.model import loading
+    from rlcs.recipe.schema import Model
+    from rlcs.report import charts
+    from rlcs.report.pages import templates
 
-    _ = (transformers.AutoModelForImageTextToText, transformers.AutoProcessor, matplotlib.pyplot, rlcs.report)
+    for name in ("cli.main", "evals.run", "pipeline.coldstart", "pipeline.seeds"):
+        importlib.import_module(f"rlcs.{name}")
+    tqdm.tqdm.monitor_interval = 0  # else its bars start a thread
+    disable_progress_bar()
+    loading.load(Model(name="builtin"), device=torch.device("cpu"))
+    enable_progress_bar()
+    charts.curve_chart("loss", "loss", [("sft", [[(1.0, 1.0), (2.0, 0.5)]])], name="warm")
+    templates().get_template("page.html.j2")
+    gc.collect()
+    gc.freeze()  # else the first collection in a child would copy every page that it looks at
+    assert len([*Path("/proc/self/task").iterdir()]) == 1, "a thread would not be there in the children"
 
 
 def child(job: Job, rank: int, *, output: int, report: int) -> None:
@@ -128,9 +186,13 @@ def child(job: Job, rank: int, *, output: int, report: int) -> None:
         sys.argv = ["rlcs", *job.words]
         from rlcs.cli.main import main
 
-        signals = job.signals if rank == job.rank else ()
-        if job.file_bytes is None:
-            sys.addaudithook(FileEvents(job.folder, signals, report))
+        if job.clock_jumps:
+            let_clock_jump()
+        events = Events(job.signals if rank == job.rank else (), report, job.errors)
+        if job.point is not None:
+            count_calls(job.point, events)
+        elif job.file_bytes is None:
+            sys.addaudithook(FileEvents(job.folder, events))
         main()
         status = 0
     except SystemExit as end:

@@ -19,6 +19,7 @@ import kill_runner
 import pytest
 from kill_runner import Job, Outcome
 
+from test_benchmarks import vision_folder
 from test_distributed import free_port
 
 COMMON = [
@@ -39,33 +40,60 @@ COMMON = [
     "grpo.optimizer_steps=1",
     "grpo.max_new_tokens=48",
 ]
+SERVED = [
+    "rollout.engine=vllm_server",
+    "rollout.executable={vllm}",
+    "grpo.steps=3",
+    "grpo.max_new_tokens=24",
+    "grpo.pack_tokens=300",
+    "eval.max_new_tokens=24",
+]
 STORIES = {
-    "distill": ["distill", "quickstart", COMMON[0]],
-    "sft": ["sft", "quickstart", *COMMON],
-    "grpo": ["grpo", "quickstart", *COMMON],
-}
-VARIES = {"seconds", "spent_s", "command", "tokens_per_s", "python"}
+    "distill": ["distill", "quickstart", COMMON[0], "--quiet"],
+    "sft": ["sft", "quickstart", *COMMON, "--quiet"],
+    "grpo": ["grpo", "quickstart", *COMMON, "--quiet"],
+    "run": ["run", "quickstart", *COMMON, "--quiet"],
+    "overlap": ["grpo", "quickstart", *COMMON, *SERVED, "grpo.overlap=on_policy", "--quiet"],
+    "one step off": ["grpo", "quickstart", *COMMON, *SERVED, "grpo.overlap=one_step_off", "--quiet"],
+    "eval": ["eval", "builtin", "--benchmarks", "mathvision", "--data", "{mini}", "--split", "testmini",
+             "--max-tokens", "4"],
+}  # fmt: skip
+"""Commands by name; `{mini}` is a folder with a benchmark, `{vllm}` a program that plays vLLM."""
+IMAGE = 518  # the id of an image's tokens in the built-in model
+FAKE_VLLM = Path(__file__).parent.parent / "fake_vllm.py"
+VARIES = {"seconds", "spent_s", "command", "tokens_per_s", "python", "staleness"}
 """Values that differ between any two runs, by their names in JSON.
 
 `python` is the state of Python's own random numbers, from which no run draws: each process begins another.
+`staleness` is that of answers by older weights (`one_step_off`): none are the first ones of a new start.
 """
 STOPPED = 130
+Events = Sequence[Sequence[str]]
+"""The events of each rank."""
 WHOLE_CHECKPOINT = re.compile(r"/checkpoints/step-\d{6}(/[^.]+\.(json|safetensors))?$")
 
 
 class Runner:
     """The warm process, which runs jobs one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Path) -> None:
+        vision_folder(places / "mini" / "mathvision", 3)
+        program = places / "vllm"
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE_VLLM} "$@"\n')
+        program.chmod(0o755)
+        (places / "behaviour.json").write_text(json.dumps({"varied": True, "placeholder": IMAGE}))
+        self._places = {"mini": places / "mini", "vllm": program}
+        self._environ = {"FAKE_VLLM": str(places / "behaviour.json")}
         command = [sys.executable, "-W", "ignore", kill_runner.__file__]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout.readline() == "warm\n"
 
-    def run(self, story: str, folder: Path, *, quiet: bool = True, **how: Any) -> Outcome:
+    def run(self, story: str, folder: Path, **how: Any) -> Outcome:
         """Run a story in a folder; it prints into the file `log`, by default beside the folder."""
-        words = [*STORIES[story], *(["--quiet"] if quiet else []), "--out", str(folder)]
-        job = Job(**{"words": words, "folder": str(folder), "log": f"{folder}.log", **how})
-        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+        words = [word.format(**self._places) if "{" in word else word for word in STORIES[story]]
+        how["environ"] = {**self._environ, **how.get("environ", {})}
+        given = {"words": [*words, "--out", str(folder)], "folder": str(folder), "log": f"{folder}.log"}
+        self._process.stdin.write(json.dumps(asdict(Job(**{**given, **how}))) + "\n")
         self._process.stdin.flush()
         return Outcome(**json.loads(self._process.stdout.readline()))
 
@@ -75,26 +103,31 @@ class Runner:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[Runner]:
-    runner = Runner()
+def runner(tmp_path_factory) -> Iterator[Runner]:
+    runner = Runner(tmp_path_factory.mktemp("places"))
     yield runner
     runner.close()
 
 
 class Undisturbed:
-    """What the stories leave when nothing happens to them, and how many file events each rank has."""
+    """What the stories leave when nothing happens to them, and which events each rank has.
+
+    The events are file events, or the calls of a method.
+    """
 
     def __init__(self, runner: Runner, folder: Path) -> None:
         self._runner, self._folder = runner, folder
-        self._found: dict[tuple[str, int], tuple[dict[str, object], Sequence[Sequence[str]]]] = {}
+        self._found: dict[tuple[str, int, str | None], tuple[dict[str, object], Events]] = {}
 
-    def of(self, story: str, ranks: int = 1) -> tuple[dict[str, object], Sequence[Sequence[str]]]:
-        if (story, ranks) not in self._found:
-            folder = self._folder / f"{story}-{ranks}"
-            outcome = self._runner.run(story, folder, ranks=ranks, port=free_port())
+    def of(self, story: str, ranks: int = 1, point: str | None = None) -> tuple[dict[str, object], Events]:
+        key = (story, ranks, point)
+        if key not in self._found:
+            folder = self._folder / f"{story}-{ranks}-{len(self._found)}"
+            outcome = self._runner.run(story, folder, ranks=ranks, point=point, port=free_port())
             assert set(outcome.statuses) == {0}, Path(f"{folder}.log").read_text()
-            self._found[story, ranks] = contents(folder), outcome.events
-        return self._found[story, ranks]
+            self._found[key] = contents(folder), outcome.events
+            shutil.rmtree(folder)
+        return self._found[key]
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +175,9 @@ def differences(expected: dict[str, object], folder: Path) -> list[str]:
     ]
 
 
-def spread(count: int, few: int, every: bool) -> list[int]:
-    """The events at which to strike, from 1: all, or a few that are spread evenly from the first on."""
-    return [*range(1, count + 1)] if every else [1 + index * count // few for index in range(few)]
+def spread(count: int, few: int) -> list[int]:
+    """A few of so many events, numbered from 1, spread evenly from the first on."""
+    return [1 + index * count // few for index in range(few)]
 
 
 def struck(runner: Runner, folder: Path, story: str, expected: dict[str, object], **how: Any) -> list[str]:
@@ -172,17 +205,26 @@ SIGNALS = {
     "SIGTERM": [(0, signal.SIGTERM)],
     "SIGINT": [(0, signal.SIGINT)],
     "SIGINT twice": [(0, signal.SIGINT), (3, signal.SIGINT)],
+    "SIGTERM, and SIGKILL after a short grace": [(0, signal.SIGTERM), (6, signal.SIGKILL)],
 }
 """Signals, and how many events after the first each comes."""
 
 
-def strike(runner, undisturbed, tmp_path, story, signals, points, **how) -> None:
-    """Strike a story at each of the points. Raises AssertionError with all that went wrong."""
-    expected, events = undisturbed.of(story, how.get("ranks", 1))
+def strike(runner, undisturbed, tmp_path, story, signals, few, **how) -> int:
+    """Strike a story at a few of its events (None: at all), and return how often.
+
+    Raises AssertionError with all that went wrong.
+    """
+    about = {key: how[key] for key in ("ranks", "point") if key in how}
+    expected, events = undisturbed.of(story, **about)
+    own = events[how.get("rank", 0)]
+    assert own, f"{story} has no events"
+    points = spread(len(own), min(len(own), few or len(own)))
     failed = {}
     for point in points:
         at = [(point + later, int(number)) for later, number in signals]
         wrong = struck(runner, tmp_path / f"{story}-{point}", story, expected, signals=at, **how)
         if wrong:
-            failed[point, events[how.get("rank", 0)][point - 1]] = wrong
+            failed[point, own[point - 1]] = wrong
     assert not failed, f"{len(failed)} of {len(points)}: {dict(itertools.islice(failed.items(), 5))}"
+    return len(points)

@@ -17,9 +17,9 @@ ALLOWED = {200, 307, 400, 401, 404, 405, 415}
     "refused in OpenAI's form; neighbours' answers unchanged, health green, memory flat",
 )
 def test_hostile_requests_hurt_nobody(random_model_folder, record_property, pytestconfig):
-    requests = 10_000 if pytestconfig.getoption("every_kill") else 300
+    warm, requests = (60, 10_000) if pytestconfig.getoption("every_kill") else (20, 100)
     with serving(random_model_folder, env={"RLCS_API_KEY": KEY, **FLAT}) as server:
-        attack(server.port, 1000, 60, Seen())  # what is loaded once, is loaded now
+        attack(server.port, 1000, warm, Seen())  # what is loaded once, is loaded now
         before = Footprint.of(server)
         seen, neighbour = attack_from_clients(server, requests)
         after = Footprint.of(server)

@@ -206,8 +206,7 @@ def load(
             raise ModelError(what, where=f"model.name={settings.name}", fix=fix)
         # Dequantised while loading: engines call parts of the model, which do not trigger its own hook.
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    with _model_errors(settings):
-        source = _source(settings)
+    with _files_of(settings) as source:
         if weights and world.rank == 0:
             model = AutoModelForImageTextToText.from_pretrained(**source, config=config, **options)
             require_alive(model if world.grouped else model.to(device), settings.name)
@@ -331,11 +330,11 @@ def load_chat(model: ModelSettings, prompts: Prompts, images: Images, *, rl: boo
     return _chat(processor, family, prompts, images, rl=rl)
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, revision: str | None = None) -> Any:
     """Load the configuration of the model behind a name, as `resolve` knows them. Raises ModelError."""
-    settings = ModelSettings(name=name)
-    with _model_errors(settings):
-        return AutoConfig.from_pretrained(**_source(settings))
+    settings = ModelSettings(name=name, revision=revision)
+    with _files_of(settings) as source:
+        return AutoConfig.from_pretrained(**source)
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:
@@ -354,8 +353,7 @@ def _source(settings: ModelSettings) -> dict[str, Any]:
 
 def _load_description(settings: ModelSettings) -> tuple[Any, Any, Family]:
     """Load the configuration and processor of a model, and find its family. Raises ModelError."""
-    with _model_errors(settings):
-        source = _source(settings)
+    with _files_of(settings) as source:
         config = AutoConfig.from_pretrained(**source)
         family = family_of(config.model_type, settings.name)
         written, _ = PreTrainedConfig.get_config_dict(**source)
@@ -365,11 +363,13 @@ def _load_description(settings: ModelSettings) -> tuple[Any, Any, Family]:
 
 
 @contextmanager
-def _model_errors(settings: ModelSettings) -> Iterator[None]:
-    """Turn errors of transformers while it loads a model into ModelError."""
+def _files_of(settings: ModelSettings) -> Iterator[dict[str, Any]]:
+    """Where `from_pretrained` finds a model; its errors meanwhile become ModelError."""
+    source = _source(settings)
+    folder = source["pretrained_model_name_or_path"]
     try:
-        with cache_where_unreachable(_source(settings)["pretrained_model_name_or_path"]):
-            yield
+        with cache_where_unreachable(folder):
+            yield source
     except RlcsError:
         raise
     except Exception as error:
@@ -377,7 +377,7 @@ def _model_errors(settings: ModelSettings) -> Iterator[None]:
         if not isinstance(error, OSError | ValueError | SafetensorError) and type(error) is not Exception:
             raise
         fix = "give a run folder, a folder in Hugging Face format, a hub id, or `builtin`"
-        if (damaged := damaged_weights(Path(_source(settings)["pretrained_model_name_or_path"]))) is not None:
+        if (damaged := damaged_weights(Path(folder))) is not None:
             fix = f"{damaged} is cut off or damaged: copy or download it again"
         raise ModelError(
             f"cannot load the model: {(str(error) or type(error).__name__).splitlines()[0]}",

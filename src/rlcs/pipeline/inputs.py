@@ -3,7 +3,7 @@
 Without it a run that was stopped would go on with edited gold answers, other images or another model, and
 its numbers would be of neither. `inputs.json` in the run's folder has a digest of every row of data, and the
 size, time and checksum of every file of the model. A file with the size and time of before is not read again:
-weights may be large. The files of a model on the hub are not compared; `model.revision` pins them.
+weights may be large. Of a model on the hub it has the commit, with which the run goes on.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from typing import Any
 
 from rlcs.data.run_data import RunData, key_of
 from rlcs.errors import ModelError, RunFolderError
+from rlcs.model.loading import load_config
 from rlcs.model.source import find_source
 from rlcs.pipeline.run_folder import holds_results
 from rlcs.records import Problem
@@ -26,11 +27,13 @@ _DIGITS = 8
 _SHOWN = 3
 
 
-def check_inputs(folder: Path, data: RunData, model: str, *, dry: bool = False) -> None:
+def check_inputs(
+    folder: Path, data: RunData, model: str, *, revision: str | None = None, dry: bool = False
+) -> str | None:
     """Compare the data and the model with the record in a run folder, and write what is new; rank 0 alone.
 
-    A run without results may take others. A `dry` check writes nothing. Raises RunFolderError with the names
-    of what changed.
+    A run without results may take others. A `dry` check writes nothing. Returns the revision of the model to
+    load: of one on the hub the commit of the first start. Raises RunFolderError with what changed.
     """
     path = folder / INPUTS
     before = read_json(path) if path.exists() else {"data": {}, "model": {}}
@@ -42,7 +45,7 @@ def check_inputs(folder: Path, data: RunData, model: str, *, dry: bool = False) 
         if name in before["data"]
         for text in _changed_rows(key_of(name), before["data"][name], digests, [*rows[name]])
     ]
-    files = _files_of(model, before["model"])
+    files = _files_of(model, revision, before["model"])
     changed += [f"{model}: {name}" for name in _changed_files(before["model"], files)]
     if changed and holds_results(folder, ["data", "model"]):
         more = f"; and {len(changed) - _SHOWN:,} more" if len(changed) > _SHOWN else ""
@@ -54,6 +57,12 @@ def check_inputs(folder: Path, data: RunData, model: str, *, dry: bool = False) 
     record = {"data": {**before["data"], **now["data"]}, "model": files}
     if record != before and not dry:
         write_json(path, record)
+    return files[_on_hub(model, revision)]["sha256"] if _on_hub(model, revision) in files else revision
+
+
+def _on_hub(model: str, revision: str | None) -> str:
+    """The name of a model on the hub in the record."""
+    return f"{model}@{revision or 'main'}"
 
 
 def _digests(data: RunData, name: str) -> dict[str, str]:
@@ -82,14 +91,17 @@ def _changed_rows(key: str, before: str, now: str, ids: list[str]) -> Iterator[s
         yield f"{key}: {len(other):,} rows (with their images and gold answers), first {listed}"
 
 
-def _files_of(model: str, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Size, time and checksum of the files of a model in a folder; of a checkpoint its manifest has them."""
+def _files_of(model: str, revision: str | None, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Size, time and checksum of the files of a model in a folder; of a checkpoint its manifest has them.
+
+    Of a model on the hub its commit, which stands for all of its files.
+    """
     try:
         source = find_source(model)
+        folder, name = source.files, _on_hub(model, revision)
+        if not folder.is_dir():
+            return {name: before.get(name) or {"sha256": load_config(model, revision)._commit_hash}}
     except ModelError:  # loading the model says what is wrong, and with which key
-        return {}
-    folder = source.files
-    if not folder.is_dir():
         return {}
     found = {}
     for path in sorted(folder.iterdir()):

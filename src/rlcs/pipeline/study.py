@@ -136,10 +136,13 @@ class Study:
 
         Raises DataError if these rows are many, RunFolderError if data or model are not those of the folder.
         """
-        model, dry = self.recipe.model.name, self._dry
+        model = self.recipe.model
+        inputs = partial(check_inputs, self.folder, self._data, model.name, revision=model.revision)
         if self._world.grouped:  # a checkpoint's model is written once, by rank 0
-            self._world.first(lambda: loading.resolve(model))
-        self._world.first(lambda: check_inputs(self.folder, self._data, model, dry=dry))
+            self._world.first(lambda: loading.resolve(model.name))
+        revision = self._world.first(lambda: inputs(dry=self._dry))
+        model = model.model_copy(update={"revision": revision})
+        self.recipe = self.recipe.model_copy(update={"model": model})
         self._data = check_prompts(self._data, self.recipe)
         blind_tasks("base", self.recipe, self._data, self.folder)  # that other images are there
         with Output(quiet=True, json=self._output.json).screen("data", 0) as view:

@@ -6,6 +6,7 @@ are made visible, and the pages' content security policy forbids foreign scripts
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,9 @@ def write_page(path: Path, page: str) -> None:
     atomic_write(path, page.encode("utf-8", "replace"))
 
 
+@cache
 def templates() -> "Environment":
-    """The templates' environment: escaping, filters, the table of arms."""
+    """The templates' environment: escaping, filters, the table of arms; each template is compiled once."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

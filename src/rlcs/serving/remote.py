@@ -29,9 +29,11 @@ from rlcs.engines.vllm.server import RECURRENT_DTYPES, Launch, flags
 from rlcs.errors import EndpointError, ModelError, UserError
 from rlcs.model.delta_net import is_recurrent
 from rlcs.model.loading import default_device, load_config, resolve
+from rlcs.patience import OwnTime, Patience
 from rlcs.recipe.sampling import Endpoint, Rollouts
 from rlcs.recipe.schema import Images
 from rlcs.records import Message, Sampling
+from rlcs.redaction import without_keys
 from rlcs.serving.defaults import SamplingDefaults
 from rlcs.serving.image_sources import ImageHosts
 from rlcs.serving.session import Settings, as_message
@@ -185,9 +187,9 @@ class Serving(Launch):
         }
 
     def environment(self, index: int) -> dict[str, str]:
-        """The environment, with the key and without vLLM's usage statistics and redirects of images."""
+        """The environment, with its key alone and without usage statistics and redirects of images."""
         safe = {"VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
-        return os.environ | safe | ({"VLLM_API_KEY": self.key} if self.key else {})
+        return without_keys(os.environ) | safe | ({"VLLM_API_KEY": self.key} if self.key else {})
 
 
 def serving(
@@ -218,9 +220,10 @@ def open_vllm(program: str, model: str, *, share: float | None) -> Iterator[Remo
         command = partial(launch.command, Path(resolve(model)))
         process = Process(command, launch.environment(0), Path(logs) / "vllm.log")
         try:
-            end = time.monotonic() + launch.settings.start_limit_s
-            while not _is_well(process.url):
-                if not process.runs or time.monotonic() > end:
+            limits = launch.settings
+            patience = Patience(OwnTime(process.pid, 1.0), limits.start_limit_s)
+            while not _is_well(process.url, limits.health_limit_s):
+                if not process.runs or patience.is_over:
                     fix = "--engine local takes the engine that comes with rlcs"
                     raise ModelError(f"vLLM does not start:\n{process.last_errors}", where=model, fix=fix)
                 time.sleep(_POLL_S)
@@ -229,8 +232,8 @@ def open_vllm(program: str, model: str, *, share: float | None) -> Iterator[Remo
             process.end(at_once=False)
 
 
-def _is_well(url: str) -> bool:
+def _is_well(url: str, limit_s: float) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
+        return httpx.get(f"{url}/health", timeout=limit_s, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False

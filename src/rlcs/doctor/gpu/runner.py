@@ -16,6 +16,7 @@ from typing import Literal
 from rlcs.doctor.gpu import REPORT, Check, Setting
 from rlcs.doctor.gpu.ranks import Ranks, environment, free_port
 from rlcs.errors import NEED_LESS, shortage
+from rlcs.patience import OwnTime, Patience
 from rlcs.storage import read_json, write_json
 
 
@@ -50,9 +51,10 @@ SPECS = (
 )
 """All checks. Their estimates add up to 8 minutes."""
 
-_SLACK, _GRACE_S, _POLL_S = 3.0, 15.0, 0.1
+_SLACK, _GRACE_S, _POLL_S, _TICK_S = 3.0, 15.0, 0.1, 1.0
 _LEAST_LIMIT_S = 120.0
-"""A check may take `_SLACK` times its estimate, but so long in any case, if the minutes last."""
+"""A check may take `_SLACK` times its estimate, but so long in any case, if the minutes last; of the time
+that its processes had."""
 
 
 def run(
@@ -78,14 +80,15 @@ def run(
         else:
             say(f"{spec.name:<11} runs (about {spec.seconds:.0f} s on an H100)")
             started = time.monotonic()
-            found = _run(spec, setting, ranks, port=plan["port"], limit=plan["limit"])
-            check = _merged(ranks.collect(spec.name, found, wait_s=plan["limit"] + 2 * _GRACE_S))
+            limits = {name: plan[name] for name in ("limit", "left")}
+            found = _run(spec, setting, ranks, port=plan["port"], **limits)
+            check = _merged(ranks.collect(spec.name, found, wait_s=plan["left"] + 2 * _GRACE_S))
             check = replace(check, seconds=round(time.monotonic() - started, 1))
         checks.append(replace(check, name=spec.name))
     return checks
 
 
-def _run(spec: Spec, setting: Setting, ranks: Ranks, *, port: str, limit: float) -> list[Check]:
+def _run(spec: Spec, setting: Setting, ranks: Ranks, *, port: str, limit: float, left: float) -> list[Check]:
     """Start the processes of the ranks that are started here, and wait for them."""
     own = [rank for rank in ranks.own if spec.runs != "once" or rank == 0]
     folder = Path(setting.folder)
@@ -100,8 +103,11 @@ def _run(spec: Spec, setting: Setting, ranks: Ranks, *, port: str, limit: float)
         for rank in own
     ]
     try:
-        end = time.monotonic() + limit
+        end = time.monotonic() + left
+        patience = [Patience(OwnTime(process.pid, _TICK_S), limit) for process in processes]
         while any(process.runs for process in processes) and time.monotonic() < end:
+            if any(each.is_over for each in patience):
+                break
             if any(process.failed for process in processes):  # the others of a group would wait for it
                 end = min(end, time.monotonic() + _GRACE_S)
             time.sleep(_POLL_S)
@@ -131,6 +137,10 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
 
     @property
     def runs(self) -> bool:

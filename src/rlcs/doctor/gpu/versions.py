@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from rlcs.doctor.gpu import Check, Setting
 from rlcs.engines.vllm.readiness import require_startable
 from rlcs.errors import RlcsError
+from rlcs.patience import run_within
 from rlcs.recipe.sampling import EngineSettings
 
 _SHOWN = (
@@ -106,7 +107,7 @@ def _gpus() -> tuple[dict[str, Any], list[tuple[str, str]]]:
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+        done = run_within(_LIMIT_S, command)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return (done.stdout.splitlines() or ["unknown"])[0].strip()
@@ -164,10 +165,7 @@ def _vllm(setting: Setting) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         return {}, [(error.what, error.fix)]
     python = Path(setting.executable).parent / "python"
     try:
-        done = subprocess.run(
-            [python, "-c", _ASK], capture_output=True, text=True, timeout=_LIMIT_S, check=True
-        )
-        there: dict[str, Any] = json.loads(done.stdout)
+        there: dict[str, Any] = json.loads(run_within(_LIMIT_S, [str(python), "-c", _ASK]).stdout)
     except (OSError, subprocess.SubprocessError, ValueError):
         return {"version": version}, []  # a wrapper, whose environment is not known
     shown = ("torch", "transformers", "triton", "torchvision")

@@ -28,6 +28,7 @@ from rlcs.errors import EndpointError, ModelError, OutOfMemory, shortage
 from rlcs.patience import OwnTime, Patience, within
 from rlcs.recipe.sampling import ADAPTER_RANKS, EngineSettings, Rollouts
 from rlcs.records import Rollout
+from rlcs.redaction import without_keys
 from rlcs.storage import read_json
 
 log = logging.getLogger("rlcs")
@@ -182,12 +183,10 @@ class Launch:
         if self.adapter_rank:
             extra[ADAPTER_SWITCH] = "1"
         if self.transfer == "ipc":
-            extra["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
-                "1"  # it takes handles of GPU memory as pickles alone
-            )
+            extra["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of GPU memory are pickles
         if gpus := self.gpus or next(iter(self.settings.devices[index:]), ""):
             extra["CUDA_VISIBLE_DEVICES"] = gpus
-        return {**outside_torchrun(os.environ), **extra}
+        return {**outside_torchrun(without_keys(os.environ)), **extra}
 
 
 def share_advice(what: str, share: float | None) -> str:
