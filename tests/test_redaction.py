@@ -152,7 +152,7 @@ def test_a_run_writes_and_prints_no_key(tmp_path):
             assert "Traceback" not in done.stderr, done.stderr
             assert not leaks(done.stdout) and not leaks(done.stderr), done.stderr
         judged = [body for body in server.seen if body["model"] == "j"]
-        assert len(judged) >= 3, "the judge was told errors, too"
+        assert len(judged) >= 2, "of a judge there are errors, too"
         assert len(server.seen) >= 10 and f"Bearer {KEY}" in server.headers[0]
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in written} >= {"samples.jsonl", "predictions.jsonl"}
