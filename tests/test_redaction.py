@@ -100,7 +100,7 @@ def test_files_logs_and_errors_leave_keys_out(tmp_path, monkeypatch):
     assert read_jsonl(tmp_path / "b.jsonl") == [{"text": "***", "question": 2}]
 
 
-JUDGED = itertools.cycle(["four", "three", "five", "an answer"])
+JUDGED = itertools.cycle(["an answer", "three"])
 """How the server replies to a judge's requests, which do not begin with the name of a question."""
 
 
