@@ -100,7 +100,7 @@ def test_files_logs_and_errors_leave_keys_out(tmp_path, monkeypatch):
     assert read_jsonl(tmp_path / "b.jsonl") == [{"text": "***", "question": 2}]
 
 
-JUDGED = itertools.cycle(["four", "three", "five", "an answer"])
+JUDGED = itertools.chain(["an answer"], itertools.cycle(["four", "three", "five"]))
 """How the server replies to a judge's requests, which do not begin with the name of a question."""
 
 
@@ -146,13 +146,14 @@ def test_a_run_writes_and_prints_no_key(tmp_path):
         judge = ["--judge-url", server.url, "--judge-model", "j", "--judge-key-env", "PLANTED_API_KEY"]
         measured = ["eval", "m", "--base-url", server.url, "--key-env", "PLANTED_API_KEY", *judge]
         measured += ["--benchmarks", "mathvision", "--data", str(tmp_path / "mini"), "--split", "testmini"]
-        for words in (distilled, [*measured, "--out", str(tmp_path / "eval")]):
+        commands = [distilled, *([*measured, "--out", str(tmp_path / name)] for name in ("eval", "refused"))]
+        for words in commands:
             program = [sys.executable, "-m", "rlcs", *words]
             done = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=tmp_path)
             assert "Traceback" not in done.stderr, done.stderr
             assert not leaks(done.stdout) and not leaks(done.stderr), done.stderr
         judged = [body for body in server.seen if body["model"] == "j"]
-        assert len(judged) >= 3, "the judge was told errors, too"
+        assert len(judged) >= 2, "of a judge there are errors, too"
         assert len(server.seen) >= 10 and f"Bearer {KEY}" in server.headers[0]
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in written} >= {"samples.jsonl", "predictions.jsonl"}

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -144,13 +145,19 @@ def contents(folder: Path) -> dict[str, object]:
             found[name] = "a folder"
         elif path.suffix == ".html":
             found[name] = "a page"
-        elif path.suffix == ".json":
-            found[name] = steady(name, json.loads(path.read_text(encoding="utf-8")))
-        elif path.suffix == ".jsonl":
-            found[name] = [steady(name, json.loads(line)) for line in path.read_text("utf-8").splitlines()]
         elif not name.startswith("logs/"):
-            found[name] = path.read_bytes()
+            found[name] = content(name, path.read_bytes())
     return found
+
+
+def content(name: str, data: bytes) -> object:
+    """The content of a file; of JSON what does not vary, unless it is damaged."""
+    with suppress(ValueError):
+        if name.endswith(".json"):
+            return steady(name, json.loads(data))
+        if name.endswith(".jsonl"):
+            return [steady(name, json.loads(line)) for line in data.decode().splitlines()]
+    return data
 
 
 def steady(name: str, value: Any) -> Any:
