@@ -208,6 +208,8 @@ def theirs(work: Work, size: int) -> Epoch:
         disable_tqdm=True,
     )
     model = AutoModelForImageTextToText.from_pretrained(work.folder, dtype=torch.float32)
+    # Else the loss of a step is the mean of its batches' means, and not of its tokens as ours is.
+    model.accepts_loss_kwargs = True
     processor = AutoProcessor.from_pretrained(work.folder)
     inner = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
     end_id = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
