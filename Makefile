@@ -88,7 +88,7 @@ pytest: $(VENV)/.stamp-dev  ## the tests alone
 test-faults: $(VENV)/.stamp-dev  ## every fault, killed at every file event; writes docs/reliability.md (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder -m fault --every-kill --write-faults-table
 
-bench: $(VENV)/.stamp-bench  ## one GRPO step against TRL, same weights and data -> bench/results/latest.json
+bench: $(VENV)/.stamp-bench  ## what people wait for, against TRL, transformers, vLLM and others -> bench/results/latest.json
 	$(BIN)/python -m bench --write-docs
 
 docs: $(VENV)/.stamp-dev  ## the documentation as a site -> site/index.html

@@ -1,32 +1,34 @@
-"""`python -m bench`: the same GRPO step by TRL and by rlcs, side by side, phase by phase.
+"""`python -m bench`: what people wait for, by rlcs and by its peers, side by side.
 
-Each side lives in a process of its own for each shape; their steps take turns, so that whatever
-else the machine does falls on both. The first step warms up and is not counted.
+`--work grpo` is a GRPO step by TRL and by rlcs, phase by phase; `bench.works` lists the others. Sides take
+turns, so that whatever else the machine does falls on both. In a GRPO step each lives in a process of its own
+for each shape; the first step warms up and is not counted.
 """
 
 import argparse
-import json
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bench import table
-from bench.meter import Measured
-from bench.shapes import HYBRID, SHAPES, THREADS, Case, Shape, make_case
+from bench.pairs import Options
+from bench.shapes import HYBRID, SHAPES, THREADS, Shape, make_case
+from bench.sides import ask_once, steps_in_turns
+from bench.works import WORKS, rows_of
 
 HERE = Path(__file__).parent
 LATEST = HERE / "results" / "latest.json"
 PAGE = HERE.parent / "docs" / "performance.md"
-WAIT_S = 600.0
-"""A step that takes longer than this is a fault."""
+GRPO = "grpo"
+NAMES = {GRPO: "a GRPO step, against TRL"} | WORKS
+"""The works that can be chosen."""
 
 CHECKS = (
     Shape(
@@ -52,7 +54,7 @@ def main() -> int:
     options = arguments()
     disable_progress_bar()
     if options.write_docs and not options.run:
-        table.write_docs(json.loads(LATEST.read_text(encoding="utf-8")), PAGE)
+        table.write_docs(table.read(options.out), PAGE)
         return 0
     os.environ.update(
         OMP_NUM_THREADS=str(1 if options.cpu_time else THREADS),
@@ -60,18 +62,40 @@ def main() -> int:
         TRANSFORMERS_VERBOSITY="error",
         PYTHONWARNINGS="ignore",
     )
-    if not options.skip_check and not same_results():
-        return 1
+    works = options.work or list(NAMES)
     rows: list[table.Row] = []
-    for shape in SHAPES:
-        if not options.shape or shape.name in options.shape:
-            rows += measure(shape, options.steps, cpu_time=options.cpu_time)
-            table.write(rows, options.out)
+    if GRPO in works and not options.skip_check and not same_results():
+        return 1
+    for name in works:
+        for found in grpo_rows(options) if name == GRPO else [work_rows(name, options)]:
+            rows += found
+            table.write(table.merged(table.read(options.out), rows), options.out)
     print()
     print(table.markdown(rows))
+    print(table.works_markdown(rows))
     if options.write_docs:
-        table.write_docs(rows, PAGE)
+        table.write_docs(table.read(options.out), PAGE)
     return 0
+
+
+def grpo_rows(options: argparse.Namespace) -> Iterator[list[table.Row]]:
+    """The rows of each shape of the GRPO step."""
+    for shape in SHAPES:
+        if not options.shape or shape.name in options.shape:
+            yield measure(shape, options.steps, cpu_time=options.cpu_time)
+
+
+def work_rows(name: str, options: argparse.Namespace) -> list[table.Row]:
+    """The rows of another work, in this process."""
+    started, load = time.monotonic(), os.getloadavg()[0]
+    threads = 1 if options.cpu_time else THREADS
+    torch.set_num_threads(threads)
+    chosen = Options(rounds=options.steps, cpu_time=options.cpu_time, model=options.model)
+    facts = {"environment": _environment(options.cpu_time, threads), "load_before": round(load, 1)}
+    rows = [row | facts for row in rows_of(name)(chosen)]
+    ratios = {f"{row['shape']}, {row['phase']}": row["ratio"] for row in rows}
+    print(f"{name}: {ratios} ({time.monotonic() - started:.0f} s)", flush=True)
+    return rows
 
 
 def arguments() -> argparse.Namespace:
@@ -79,8 +103,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__.splitlines()[0] if __doc__ else ""
     )
-    parser.add_argument("--steps", type=int, default=3, help="measured steps a side (default 3)")
-    parser.add_argument("--shape", action="append", help=f"only this one of {[s.name for s in SHAPES]}")
+    says = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
+    parser.add_argument("--work", action="append", choices=NAMES, help=f"only this one (default all). {says}")
+    parser.add_argument("--model", default="builtin", help="folder of a trained model, for rollouts and vllm")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps or rounds a side (default 3)")
+    parser.add_argument("--shape", action="append", help=f"of the GRPO step, only {[s.name for s in SHAPES]}")
     parser.add_argument("--out", type=Path, default=LATEST, help="where the rows go")
     parser.add_argument(
         "--cpu-time", action="store_true", help="CPU seconds of one thread: for a busy machine"
@@ -100,7 +127,7 @@ def same_results() -> bool:
     fine = True
     for shape in CHECKS:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            result = _ask_once(equality.main, make_case(shape, Path(folder), 1))
+            result = ask_once(equality.main, make_case(shape, Path(folder), 1))
         gaps = [result[name] for name in ("loss_gap", "gradient_gap", "worst_gradient_gap")]
         agreed = max(gaps) <= equality.TOLERANCE
         fine = fine and agreed
@@ -117,28 +144,17 @@ def measure(shape: Shape, steps: int, *, cpu_time: bool) -> list[table.Row]:
     """All rows of one shape."""
     from transformers import AutoConfig
 
-    from bench import ours, peer
     from bench.limit import limit_of
 
     started, load = time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         case = make_case(shape, Path(folder), steps, cpu_time=cpu_time)
         limit = limit_of(case, AutoConfig.from_pretrained(folder))
-        sides = [_start(side.main, case) for side in (peer, ours)]
-        for _, pipe in sides:
-            assert _answer(pipe) == "ready", "a side says ready first"
-        measured: tuple[list[Measured], list[Measured]] = ([], [])
-        for step in range(case.steps):
-            for (_, pipe), results in zip(sides, measured, strict=True):
-                # Memory costs time (freed memory goes back first), so it is taken in the last step alone.
-                pipe.send(step == case.steps - 1)
-                results.append(_answer(pipe))
-        for process, _ in sides:
-            process.join(WAIT_S)
-    theirs, mine = measured[0][1:], measured[1][1:]
+        measured = steps_in_turns(case, ("peer", "ours"), memory=True)
+    theirs, mine = measured["peer"], measured["ours"]
     facts = {
         "peer": f"trl {version('trl')}",
-        "environment": _environment(case),
+        "environment": _environment(case.cpu_time, case.threads),
         "load_before": round(load, 1),
         "busy": round(min(m.busy for m in mine), 2),
         "peer_busy": round(min(m.busy for m in theirs), 2),
@@ -149,37 +165,11 @@ def measure(shape: Shape, steps: int, *, cpu_time: bool) -> list[table.Row]:
     return rows
 
 
-def _environment(case: Case) -> str:
-    clock = "CPU seconds of one thread" if case.cpu_time else f"wall seconds of {case.threads} CPU threads"
+def _environment(cpu_time: bool, threads: int) -> str:
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} CPU threads"
+    clock = "CPU seconds of one thread" if cpu_time else f"wall seconds of {where}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return f"{packages}, fp32, {clock}"
-
-
-def _start(target: Any, case: Case) -> tuple[Any, Connection]:
-    """A fresh process with a pipe to it; it loads, says ready and waits."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=target, args=(there, case), daemon=True)
-    process.start()
-    there.close()
-    return process, here
-
-
-def _ask_once(target: Any, case: Case) -> dict[str, float]:
-    process, here = _start(target, case)
-    result: dict[str, float] = _answer(here)
-    process.join(WAIT_S)
-    return result
-
-
-def _answer(pipe: Connection) -> Any:
-    """What a side says next; a side that died or hangs ends the bench."""
-    if not pipe.poll(WAIT_S):
-        raise TimeoutError(f"a side has been silent for {WAIT_S:.0f} s")
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise RuntimeError("a side has died; its error is above") from None
 
 
 if __name__ == "__main__":

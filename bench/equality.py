@@ -58,7 +58,8 @@ def move_apart(peer_reference: Any, reference: Vlm) -> None:
     state = peer_reference.state_dict()
     with torch.no_grad():
         for name, parameter in reference.model.named_parameters():
-            parameter.mul_(1.0 + 0.02 * torch.randn(parameter.shape, generator=generator))
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            parameter.mul_(1.0 + 0.02 * noise)
             state[name].copy_(parameter)
 
 

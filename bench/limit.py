@@ -14,10 +14,14 @@ from rlcs.plan.work import language, vision
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """Operations without sharing over operations with it; `padded` also counts padding as work."""
+    """Operations without sharing over operations with it; `padded` also counts padding as work.
+
+    `operations` are those of one forward pass over the trees of a step.
+    """
 
     exact: float
     padded: float
+    operations: float = 0.0
 
 
 def limit_of(case: Case, config: Any) -> Limit:
@@ -39,4 +43,5 @@ def limit_of(case: Case, config: Any) -> Limit:
             for length in lengths:
                 unshared += image + language(sizes, trunk, [length])
                 padded += image + language(sizes, longest_trunk, [longest_answer])
-    return Limit(exact=unshared / shared, padded=padded / shared)
+    per_step = shared / (case.steps - 1)
+    return Limit(exact=unshared / shared, padded=padded / shared, operations=per_step)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 PHASES = ("rollout", "logprobs", "update")
 PAGE = 4096
 INTERVAL_S = 0.002
@@ -25,6 +27,13 @@ class Measured:
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     busy: float = 0.0
+
+
+def wall_seconds() -> float:
+    """Wall seconds; a GPU's work until now is waited for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def resident() -> int:
@@ -47,7 +56,7 @@ class Meter:
         self.measured = Measured()
         self._phase = "step"
         self._memory = memory
-        self._now = time.process_time if cpu_time else time.perf_counter
+        self._now = time.process_time if cpu_time else wall_seconds
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 

@@ -96,7 +96,7 @@ class ForcedLengths:
 
 def load(case: Case) -> tuple[Vlm, GrpoContext]:
     """The policy and what a step works with."""
-    vlm = loading.load(Model(name=case.folder), device=torch.device("cpu"))
+    vlm = loading.load(Model(name=case.folder), device=loading.default_device())
     chat = loading.make_chat(vlm)
     engine = LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
     reference = grpo.frozen_copy(vlm)

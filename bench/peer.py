@@ -162,7 +162,7 @@ def make_trainer(case: Case) -> WatchedTrainer:
         max_grad_norm=settings.optimizer.max_grad_norm,
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         shuffle_dataset=False,
         seed=SEED,
         logging_steps=10**6,

@@ -44,7 +44,9 @@ class Shape:
     trunk: int = 0
     """Tokens of a prompt; 0: the built-in tasks' own."""
     side: int = 0
-    """Pixels along each side of its square image."""
+    """Pixels along each side of its square images."""
+    images: int = 1
+    """Images of a prompt."""
     answers: tuple[int, int] = (0, 0)
     """Tokens of the shortest and the longest answer."""
     model: str
@@ -265,20 +267,22 @@ def drawn_problems(shape: Shape, chat: Chat, count: int) -> list[Problem]:
         rng = random.Random(f"{SEED}|{shape.name}|{index}")
         warm_up = index < shape.prompts
         trunk = min(shape.trunk, WARM_UP_TRUNK) if warm_up else shape.trunk
-        image = _drawn_image(min(shape.side, WARM_UP_SIDE) if warm_up else shape.side, rng)
-        bare = len(chat.prompt(_problem(index, "0", image)).ids) - 1
+        side = min(shape.side, WARM_UP_SIDE) if warm_up else shape.side
+        images = tuple(drawn_image(side, rng) for _ in range(1 if warm_up else shape.images))
+        bare = len(chat.prompt(_problem(index, "0", images)).ids) - 1
         digits = "".join(rng.choice("0123456789") for _ in range(trunk - bare))
-        problem = _problem(index, digits, image)
+        problem = _problem(index, digits, images)
         assert len(chat.prompt(problem).ids) == trunk, "one token a digit"
         problems.append(problem)
     return problems
 
 
-def _problem(index: int, question: str, image: ImageRef) -> Problem:
-    return Problem(id=f"bench-{index}", source="bench", question=question, answer="1", images=(image,))
+def _problem(index: int, question: str, images: tuple[ImageRef, ...]) -> Problem:
+    return Problem(id=f"bench-{index}", source="bench", question=question, answer="1", images=images)
 
 
-def _drawn_image(side: int, rng: random.Random) -> ImageRef:
+def drawn_image(side: int, rng: random.Random) -> ImageRef:
+    """A square image of coloured rectangles, `side` pixels wide, held in memory as PNG."""
     image = Image.new("RGB", (side, side), "white")
     pen = ImageDraw.Draw(image)
     for _ in range(12):

@@ -68,6 +68,7 @@ TESTS_OF_SOMETHING_ELSE = {
     "recipe_bounds": "the bounds of all numbers in recipes",
     "hostile_servers": "model servers that misbehave, through engines, distill and evals",
     "bench": "bench/",
+    "counts": "passes, tokens, images and bytes, through engines and train",
     "container": "Dockerfile",
     "release": "make release, tools/smoke_test.py",
     "notebook": "the notebook in examples/",

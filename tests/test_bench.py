@@ -1,6 +1,8 @@
 """The bench measures what it says: limits are arithmetic, lengths are forced, ratios are peer over ours."""
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -8,10 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
-from bench import adapters, limit, ours, table
+from bench import adapters, limit, ours, pairs, table
 from bench.meter import Measured, Meter
+from bench.pairs import Options, Pair
 from bench.shapes import HYBRID, WARM_UP_TRUNK, Case, Shape, make_case, wide_model
+from bench.works import WORKS, grading, rollouts, rows_of, sweeps, vllm
+from bench.works import loading as reading
 from rlcs.engines.vllm.weights import WeightsFolder
+from rlcs.grading.pool import GradePool
 from rlcs.model import loading
 from rlcs.model.layout import dense_mask, layout_of
 from rlcs.plan.shapes import measure
@@ -108,6 +114,11 @@ def test_meter_counts_time_to_the_phase_that_is_open():
     assert 0 <= meter.measured.seconds["update"] <= meter.measured.seconds["step"]
 
 
+def page_of(bench: str, works: str) -> str:
+    (begin, end), (begin_works, end_works) = table.MARKS.values()
+    return f"before {begin} {bench} {end} between {begin_works} {works} {end_works} after"
+
+
 def test_ratio_is_the_peers_seconds_over_ours(case: Case, tmp_path):
     def side(seconds: float) -> list[Measured]:
         phases = dict.fromkeys(("rollout", "logprobs", "update"), seconds)
@@ -118,8 +129,103 @@ def test_ratio_is_the_peers_seconds_over_ours(case: Case, tmp_path):
     assert {row["ratio"] for row in rows if "seconds" in row} == {3.0}
     assert {row["share_of_limit"] for row in rows if "seconds" in row} == {0.75}
     page = tmp_path / "page.md"
-    page.write_text(f"before {table.BEGIN} old {table.END} after", encoding="utf-8")
+    page.write_text(page_of("old", "old"), encoding="utf-8")
     table.write_docs(rows, page)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before ") and text.endswith(" after") and "old" not in text
     assert "| update | 6.00 s | 2.00 s | 3.0 | 75% |" in text
+
+
+# --- the works besides the GRPO step ---------------------------------------------------------------
+
+
+def test_sides_take_turns_and_the_ratio_is_of_their_medians():
+    said = list[str]()
+    seconds = iter([0, 6, 10, 12, 20, 29, 30, 33, 40, 43, 50, 51])  # of the peer, then of ours, in each round
+    pair = pairs.in_turns(
+        lambda: said.append("ours"), lambda: said.append("peer"), rounds=3, clock=lambda: next(seconds)
+    )
+    assert said == ["peer", "ours"] * 3
+    assert (pair.theirs, pair.ours) == ([6, 9, 3], [2, 3, 1])
+    assert (pair.ratio, pair.spread) == (3.0, (3.0, 3.0))
+    alone = Pair(ours=[2.0, 4.0])
+    assert (alone.seconds, alone.ratio, alone.spread) == (3.0, None, None)
+
+
+def test_cpu_seconds_are_those_of_a_whole_family_of_processes():
+    before = pairs.cpu_seconds()
+    script = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\ninput()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as child:
+        while pairs.cpu_seconds(child.pid) < 0.3:
+            assert child.poll() is None
+        assert pairs.cpu_seconds() - before >= 0.25
+        child.communicate(b"\n")
+
+
+def test_rows_measured_anew_take_the_place_of_old_ones_and_stand_in_the_page(tmp_path):
+    facts = {"environment": "torch", "load_before": 0.5}
+    a, b = Pair(ours=[2.0, 2.0], theirs=[3.0, 5.0]), Pair(ours=[1.5])
+    old = [
+        pairs.row(work="sft", shape=shape, phase="epoch", peer="trl", pair=a) | facts for shape in ("x", "y")
+    ]
+    new = [pairs.row(work="sft", shape="y", phase="epoch", peer="", pair=b, exponent=0.51) | facts]
+    rows = table.merged(old, new)
+    assert [(row["shape"], row["ratio"]) for row in rows] == [("x", 2.0), ("y", None)]
+    table.write(rows, tmp_path / "rows.json")
+    page = tmp_path / "page.md"
+    page.write_text(page_of("old", "old"), encoding="utf-8")
+    table.write_docs(table.read(tmp_path / "rows.json"), page)
+    text = page.read_text(encoding="utf-8")
+    assert "old" not in text and text.startswith("before ") and text.endswith(" after")
+    assert "| x | epoch | trl | 4 s | 2 s | 2.00 | 1.50 to 2.50 |  |" in text
+    assert "| y | epoch | alone |  | 1.5 s |  |  | exponent 0.51 |" in text
+
+
+@pytest.mark.parametrize("name", sorted(WORKS.keys() - {"sft"}))
+def test_every_work_can_be_chosen(name):
+    assert callable(rows_of(name))
+
+
+def test_generate_writes_answers_as_long_as_ours():
+    options = Options(cpu_time=True)
+    work = rollouts.make_work(options, count=3, group=2)
+    lengths = [len(rollout.ids) for group in rollouts.ours(work) for rollout in group]
+    model = rollouts.peer_model(options)
+    [long, short] = rollouts.theirs(model, work.sampling, rollouts.prepared(work, lengths, size=4))
+    [end] = work.sampling.stop_ids
+    prompt = max(len(prompt.ids) for prompt in work.prompts[:2])
+    found = [row[prompt:].tolist().index(end) + 1 for row in long]
+    prompt = len(work.prompts[2].ids)
+    found += [row[prompt:].tolist().index(end) + 1 for row in short]
+    assert found == lengths
+
+
+def test_the_answers_that_are_graded_have_the_verdicts_that_are_known():
+    answers = grading.made_answers(3 * len(grading.FORMS))
+    assert len(set(answers)) == len(answers) and {each.right for each in answers} == {True, False}
+    with GradePool() as pool:
+        assert grading.agreement(grading.by_rlcs(pool, answers), answers) == 1.0
+    assert grading.agreement([False] * len(answers), answers) < 0.5
+
+
+def test_both_readers_see_all_images_of_a_file(tmp_path):
+    path = reading.write(tmp_path / "rows.parquet", 20)
+    for decode in (False, True):
+        assert reading.ours(path, decode=decode) == reading.theirs(path, decode=decode) == 20 * 112 * 112
+
+
+def test_growth_is_an_exponent():
+    assert sweeps.exponent([1, 2, 4, 8], [3.0 * size**1.5 for size in (1, 2, 4, 8)]) == pytest.approx(1.5)
+    [group, *_] = sweeps.SWEEPS
+    seconds = {value: Pair(ours=[0.5 * value], theirs=[value] if value > 1 else []) for value in group.values}
+    rows = sweeps.rows_of(group, seconds, "trl")
+    assert (rows[-1]["exponent"], rows[-1]["peer_exponent"], rows[-1]["times_group_8"]) == (1.0, 1.0, 4.0)
+    assert {sweep.name: sweep.shape(7) for sweep in sweeps.SWEEPS}["answers"].answers == (7, 7)
+
+
+def test_clients_measure_a_server_and_without_vllm_there_are_no_rows(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RLCS_VLLM", str(tmp_path))
+    assert vllm.rows(Options()) == [] and "RLCS_VLLM" in capsys.readouterr().out
+    with vllm.server(Options(), vllm=None) as served:
+        replies = vllm.answered(served, clients=2, requests=1)
+    assert len(replies) == 2 and all(each.tokens > 0 and each.first_s > 0 for each in replies)

@@ -1,0 +1,57 @@
+"""The two sides of a GRPO step, each in a process of its own; their steps take turns."""
+
+import importlib
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from bench.meter import Measured
+from bench.shapes import Case
+
+WAIT_S = 600.0
+"""A step that takes longer than this is a fault."""
+
+
+def steps_in_turns(case: Case, names: Sequence[str], *, memory: bool) -> dict[str, list[Measured]]:
+    """What each of the sides ("peer", "ours") measured in every step of a case but the first: a warm-up."""
+    sides = {name: start(importlib.import_module(f"bench.{name}").main, case) for name in names}
+    for _, pipe in sides.values():
+        assert answer(pipe) == "ready", "a side says ready first"
+    measured: dict[str, list[Measured]] = {name: [] for name in names}
+    for step in range(case.steps):
+        for name, (_, pipe) in sides.items():
+            # Memory costs time (freed memory goes back first), so it is taken in the last step alone.
+            pipe.send(memory and step == case.steps - 1)
+            measured[name].append(answer(pipe))
+    for process, _ in sides.values():
+        process.join(WAIT_S)
+    return {name: steps[1:] for name, steps in measured.items()}
+
+
+def ask_once(target: Any, case: Case) -> dict[str, float]:
+    """What a process of its own says once."""
+    process, here = start(target, case)
+    result: dict[str, float] = answer(here)
+    process.join(WAIT_S)
+    return result
+
+
+def start(target: Any, case: Case) -> tuple[Any, Connection]:
+    """A fresh process with a pipe to it; it loads, says ready and waits."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=target, args=(there, case), daemon=True)
+    process.start()
+    there.close()
+    return process, here
+
+
+def answer(pipe: Connection) -> Any:
+    """What a side says next; a side that died or hangs ends the bench."""
+    if not pipe.poll(WAIT_S):
+        raise TimeoutError(f"a side has been silent for {WAIT_S:.0f} s")
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise RuntimeError("a side has died; its error is above") from None

@@ -1,0 +1,174 @@
+"""Rollouts against transformers' `generate`: same weights, prompts and answer lengths.
+
+Our engine samples first, and its answers end where the model ends them; `generate` then samples answers of
+the same lengths. So a trained model (`--model`) is measured at what it writes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
+
+from bench.pairs import Options, Pair, in_turns, row
+from bench.shapes import SEED
+from bench.table import Row
+from rlcs.data import puzzles
+from rlcs.engines.local import LocalEngine
+from rlcs.model import loading
+from rlcs.model.chat import Chat
+from rlcs.model.vlm import Vlm
+from rlcs.recipe.schema import Model
+from rlcs.recipe.stages import Grpo
+from rlcs.records import Problem, Prompt, Rollout, Sampling
+
+PROBLEMS, GROUP = 64, 8
+MAX_NEW_TOKENS = 96
+PEER_BATCHES = (64, 128, 512)
+"""Rows in one `generate`, of which the fastest is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What both sides sample."""
+
+    vlm: Vlm
+    chat: Chat
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+
+
+def rows(options: Options) -> list[Row]:
+    """One row: all rollouts of a step."""
+    work = make_work(options)
+    groups = ours(work)
+    lengths = [len(rollout.ids) for group in groups for rollout in group]
+    model = peer_model(options)
+    sides = {
+        size: partial(theirs, model, work.sampling, prepared(work, lengths, size)) for size in PEER_BATCHES
+    }
+    first = {
+        size: in_turns(side, None, rounds=1, clock=options.clock).seconds for size, side in sides.items()
+    }
+    fastest = min(first, key=lambda size: first[size])
+    pair = in_turns(partial(ours, work), sides[fastest], rounds=options.rounds, clock=options.clock)
+    return [_row(pair, lengths, work, fastest, options)]
+
+
+def _row(pair: Pair, lengths: Sequence[int], work: Work, batch: int, options: Options) -> Row:
+    assert pair.peer_seconds is not None, "both sides were measured"
+    tokens = sum(lengths)
+    trunk = sum(len(prompt.ids) for prompt in work.prompts) / len(work.prompts)
+    return row(
+        work="rollouts",
+        shape="trained" if options.model != "builtin" else "built-in",
+        phase="rollout",
+        peer=f"transformers {version('transformers')} generate, {batch} rows at once",
+        pair=pair,
+        says=f"{len(work.prompts)} problems x {GROUP} answers; trunks of {trunk:.0f} tokens, answers of "
+        f"{tokens / len(lengths):.0f} (longest {max(lengths)})",
+        answer_tokens_per_s=round(tokens / pair.seconds, 1),
+        peer_answer_tokens_per_s=round(tokens / pair.peer_seconds, 1),
+    )
+
+
+def make_work(options: Options, *, count: int = PROBLEMS, group: int = GROUP) -> Work:
+    """The model in fp32, prompts of built-in problems, and the settings of sampling."""
+    vlm = loading.load(Model(name=options.model, dtype="float32"), device=options.device)
+    vlm.model.eval()
+    chat = loading.make_chat(vlm)
+    sampling = chat.sampling(n=group, temperature=1.0, max_new_tokens=MAX_NEW_TOKENS, seed=SEED)
+    return Work(vlm=vlm, chat=chat, prompts=[chat.prompt(p) for p in problems(count)], sampling=sampling)
+
+
+def problems(count: int) -> tuple[Problem, ...]:
+    """Built-in problems, with an image each."""
+    return puzzles.load("puzzles", split="train", count=count, seed=2, levels=(1, 2))
+
+
+def ours(work: Work) -> list[tuple[Rollout, ...]]:
+    """Every group by the local engine, as a step of GRPO asks for them."""
+    engine = LocalEngine(work.vlm, work.chat, max_rows=Grpo().max_rows)
+    return engine.sample(work.prompts, work.sampling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Keywords of one `generate`, and how long each row's answer becomes."""
+
+    inputs: dict[str, Any]
+    lengths: Tensor
+
+
+def prepared(work: Work, lengths: Sequence[int], size: int) -> list[Batch]:
+    """The peer's inputs, `size` rows at once: every prompt as often as it is answered, padded on the left."""
+    repeated = [prompt for prompt in work.prompts for _ in range(work.sampling.n)]
+    places = range(0, len(repeated), size)
+    return [_batch(work, repeated[i : i + size], lengths[i : i + size]) for i in places]
+
+
+def _batch(work: Work, prompts: Sequence[Prompt], lengths: Sequence[int]) -> Batch:
+    longest = max(len(prompt.ids) for prompt in prompts)
+    pads = [longest - len(prompt.ids) for prompt in prompts]
+    ids = torch.tensor([[0] * pad + list(prompt.ids) for pad, prompt in zip(pads, prompts, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+    images = [image for prompt in prompts for image in prompt.images]
+    grids = torch.tensor([grid for prompt in prompts for grid in prompt.grids])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        **work.vlm.family.text_inputs(ids, work.chat.image_id),
+    }
+    inputs |= work.vlm.family.vision_inputs([work.chat.patches(image) for image in images], grids)
+    device = work.vlm.device
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return Batch(inputs=moved, lengths=torch.tensor(lengths, device=device))
+
+
+class Ending(LogitsProcessor):  # type: ignore[misc, unused-ignore]
+    """Ends every row at its length and nowhere else, and bans what our engine bans."""
+
+    def __init__(self, batch: Batch, sampling: Sampling) -> None:
+        self._lengths, self._prompt = batch.lengths, batch.inputs["input_ids"].shape[1]
+        [self._end] = sampling.stop_ids
+        self._limit = sampling.max_new_tokens
+        self._banned = torch.tensor([*sampling.banned_ids, self._end], device=batch.lengths.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (rows, vocabulary) of the next token."""
+        scores = scores.index_fill(1, self._banned, float("-inf"))
+        ending = self._lengths <= input_ids.shape[1] - self._prompt + 1
+        if ending.any():
+            scores[ending] = float("-inf")
+            scores[ending, self._end] = 0.0
+        return scores
+
+
+def peer_model(options: Options) -> Any:
+    """The same weights as transformers loads them."""
+    folder = loading.resolve(options.model)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model.to(options.device).eval()
+
+
+@torch.no_grad()
+def theirs(model: Any, sampling: Sampling, batches: Sequence[Batch]) -> list[Tensor]:
+    """Every answer by `generate`."""
+    return [
+        model.generate(
+            **batch.inputs,
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sampling.stop_ids[0],
+            pad_token_id=sampling.stop_ids[0],
+            logits_processor=LogitsProcessorList([Ending(batch, sampling)]),
+        )
+        for batch in batches
+    ]
