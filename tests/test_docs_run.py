@@ -43,6 +43,7 @@ SUBSTITUTES = {
     r"https?://[^\s/\]]+/v1": "SERVER",  # a server that answers every question at once
     r"\b(?<!model=)Qwen/[\w.-]+(?! --base-url)": "builtin",  # no download
     r"/shared/": "shared/",
+    r"(?<=grpo.teacher.model=)teacher\b": "runs/other",
     r"(?<=@)80\b|(?<=--step )80\b": "2",  # a run of two steps has these checkpoints
     r"(?<=@)40\b": "1",
     r"(?<=--port )\d+": "PORT",  # any that is free
