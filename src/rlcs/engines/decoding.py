@@ -19,6 +19,7 @@ from torch import Tensor
 from rlcs.engines.branches import Branch, DecodeRequest, Likeliest, Row
 from rlcs.engines.cache import ForestCache, RecordingPlan
 from rlcs.engines.detokenizer import Detokenizer
+from rlcs.engines.drafting import Drafter, pass_cost
 from rlcs.engines.sampling import choose, likeliest, uniform
 from rlcs.engines.slots import settled
 from rlcs.errors import ModelError
@@ -48,7 +49,12 @@ class DecodingBatch:
         self.clear()
 
     def clear(self) -> None:
-        """Drop all requests and free their memory."""
+        """Drop all requests, free their memory, and forget what drafts are made of."""
+        self._free()
+        cost = pass_cost(self._vlm.model.config.get_text_config(), self._vlm.device.type)
+        self._drafter = Drafter(cost)
+
+    def _free(self) -> None:
         self.requests: list[DecodeRequest] = []
         self._branches: list[Branch] = []
         self._cache: ForestCache | None = None
@@ -192,6 +198,7 @@ class DecodingBatch:
                 if not parting:
                     branch.rows = [rows[column] for column in columns]
                 one.take(token, numbers[first], likely)
+                self._drafter.learn(one.ids)
                 if parting and not one.ended:
                     live.append(one)
             if branch.ended or token != drafted:
@@ -214,7 +221,7 @@ class DecodingBatch:
         """Drop requests whose answers have all ended; after the last one free all memory."""
         self.requests = [r for r in self.requests if not r.finished]
         if not self.requests:
-            self.clear()
+            self._free()
 
     def _advance(self, sources: Sequence[int], *, most: int) -> None:
         """Compute the logits after the newest tokens of all branches, which go on from these rows of cache.
@@ -224,6 +231,9 @@ class DecodingBatch:
         assert self._cache is not None, "branches were added before"
         device = self._vlm.device
         lengths = [len(branch.ids) - 1 for branch in self._branches]
+        if not self._cache.recurrence.states:  # which cannot go back behind tokens that were wrong
+            for branch in self._branches:
+                branch.draft = self._drafted(branch)
         self._cache.arrange(sources, max(lengths), most=most)
         self._cache.begin_pass(lengths, [1 + len(branch.draft) for branch in self._branches], device)
         tokens, positions = list[int](), list[int]()
@@ -239,6 +249,16 @@ class DecodingBatch:
             after = query + 1 + len(branch.draft)
             branch.fed = routes[query:after]
             query = after
+
+    def _drafted(self, branch: Branch) -> list[int]:
+        """What the answers of a branch may say next, up to before the last token that they can."""
+        sampling = branch.request.sampling
+        return self._drafter.draft(
+            branch.ids,
+            branches=len(self._branches),
+            most=sampling.max_new_tokens - len(branch.ids) - 1,
+            never=sampling.stop_ids,
+        )
 
 
 def _by_tokens(requests: Sequence[DecodeRequest], budget: int) -> list[list[DecodeRequest]]:
