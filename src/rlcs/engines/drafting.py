@@ -32,7 +32,7 @@ def pass_cost(text: Any, device: str) -> float:
     By nominal rates: measured ones would make the bits of a run depend on what else the machine was doing.
     `text` is the configuration of a language model.
     """
-    weights = 12 * text.hidden_size**2  # of a layer
+    weights = 12 * int(text.hidden_size) ** 2  # of a layer
     return LAYER_COST.get(device, LAYER_COST["cuda"]) / weights + READING_COST.get(device, 100)
 
 
