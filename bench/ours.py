@@ -66,7 +66,7 @@ class ForcedLengths:
             for problem in case.step_problems(step):
                 for index, length in enumerate(case.lengths[problem.id]):
                     self._lengths[rollout_seed(SEED, step, problem.id, index)] = length
-        self._ending = torch.empty(0, dtype=torch.long)
+        self._ending = torch.empty(0, dtype=torch.bool)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -78,9 +78,8 @@ class ForcedLengths:
             yield
 
     def _uniform(self, seeds: Tensor, counters: Tensor) -> Tensor:
-        done = zip(seeds.tolist(), counters.tolist(), strict=True)
-        ending = [row for row, (seed, count) in enumerate(done) if count + 1 >= self._lengths[seed]]
-        self._ending = torch.tensor(ending, dtype=torch.long)
+        lengths = [[self._lengths.get(seed, 0) for seed in row] for row in seeds.tolist()]
+        self._ending = counters + 1 >= torch.tensor(lengths)
         return uniform(seeds, counters)
 
     def _choose(
@@ -88,10 +87,8 @@ class ForcedLengths:
     ) -> tuple[Tensor, Tensor]:
         banned = torch.cat([banned, torch.tensor([self._end])])
         ids, logprobs = choose(logits, draws, banned=banned, **settings)
-        if len(self._ending):
-            ids[self._ending] = self._end
-            logprobs[self._ending] = torch.log_softmax(logits[self._ending], -1)[:, self._end]
-        return ids, logprobs
+        end = torch.log_softmax(logits, -1)[:, self._end, None].expand_as(logprobs)
+        return ids.masked_fill(self._ending, self._end), torch.where(self._ending, end, logprobs)
 
 
 def load(case: Case) -> tuple[Vlm, GrpoContext]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import make_problem, row_inputs
 from rlcs.engines import decoding
+from rlcs.engines.branches import DecodeRequest
 from rlcs.engines.cache import ForestCache, RecordingPlan
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.onednn_linear import packed
@@ -144,18 +145,18 @@ def test_decoding_attends_as_exactly_as_its_numbers_allow(dtype, offset):
     recording = RecordingPlan(Nowhere(), layout, torch.device("cpu"))
     key, value = keys(57), rand(heads, 57).to(dtype)
     recording.attend(0, key, key, value)
-    cache = ForestCache.prefilled(recording, torch.tensor([group] * 2))
+    cache = ForestCache.prefilled(recording)
+    cache.arrange([0] * group + [1] * group, 0, most=2 * group)
     spans = [(0, 37)] * group + [(37, 57)] * group
     seen = [(key[0, :, a:b].double(), value[0, :, a:b].double()) for a, b in spans]
     for step in range(4):
         if step == 2:  # from here on the trunks have unlike numbers of rows
             kept = [0, 2, 3, 4, 5]
-            cache.keep(torch.tensor(kept))
+            cache.arrange(kept, step, most=len(kept))
             seen = [seen[index] for index in kept]
         query, key, value = asked(len(seen)), keys(len(seen)), rand(heads, len(seen)).to(dtype)
-        cache.begin_step()
+        cache.begin_pass([step] * len(seen), [1] * len(seen), torch.device("cpu"))
         output = cache.attend(0, query, key, value)
-        cache.end_step()
         for row, (ks, vs) in enumerate(seen):
             ks = torch.cat([ks, key[0, :, row : row + 1].double()], 1)
             vs = torch.cat([vs, value[0, :, row : row + 1].double()], 1)
@@ -180,21 +181,21 @@ def test_uniform_is_splitmix64(seed, counter):
 
 def test_choices_follow_the_distribution_and_never_take_a_banned_id():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(20000, 4)
-    draws = uniform(torch.arange(20000), torch.zeros(20000, dtype=torch.long))
+    draws = uniform(torch.arange(20000), torch.zeros(20000, dtype=torch.long))[:, None]
     banned = torch.tensor([3])
     ids, logprobs = choose(logits, draws, temperature=1.0, top_p=1.0, banned=banned)
-    shares = torch.bincount(ids, minlength=4) / 20000
+    shares = torch.bincount(ids[:, 0], minlength=4) / 20000
     expected = torch.softmax(torch.tensor([0.0, 1.0, 2.0]), 0)
     torch.testing.assert_close(shares[:3], expected, rtol=0, atol=0.01)
     assert shares[3] == 0
-    torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0])
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1).gather(1, ids))
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]])).expand(5000, 4)
-    draws = uniform(torch.arange(5000), torch.zeros(5000, dtype=torch.long))
+    draws = uniform(torch.arange(5000), torch.zeros(5000, dtype=torch.long))[:, None]
     ids, _ = choose(logits, draws, temperature=1.0, top_p=0.7, banned=torch.tensor([], dtype=torch.long))
-    assert set(ids.tolist()) == {1, 3}
+    assert set(ids[:, 0].tolist()) == {1, 3}
 
 
 @pytest.mark.parametrize("shape", [(5, 48), (1, 5, 48), (0, 48)])
@@ -297,7 +298,7 @@ def test_requests_with_settings_of_their_own_share_a_batch(vlm, chat, prompts):
     ]
     batch = decoding.DecodingBatch(vlm, chat)
     requests = [
-        decoding.DecodeRequest(prompt=prompts[0], sampling=sampling, step=place)
+        DecodeRequest(prompt=prompts[0], sampling=sampling, step=place)
         for place, sampling in enumerate(settings)
     ]
     with torch.no_grad():

@@ -102,13 +102,13 @@ def test_models_that_see_nothing_or_write_nothing_are_refused(random_model_folde
 
 def test_keys_that_layers_share_are_kept_once(vlm, chat, monkeypatch):
     kept = []
-    begin = ForestCache.begin_step
-    monkeypatch.setattr(ForestCache, "begin_step", lambda cache: kept.append(cache) or begin(cache))
+    begin = ForestCache.begin_pass
+    monkeypatch.setattr(ForestCache, "begin_pass", lambda cache, *a: kept.append(cache) or begin(cache, *a))
     prompts = [chat.prompt(make_problem("p"))]
     LocalEngine(vlm, chat, max_rows=2).sample(prompts, chat.sampling(max_new_tokens=3, n=2))
     modes = vlm.model.config.text_config.kv_sharing_modes
     own = [index for index, mode in enumerate(modes) if mode != "reuse"]
-    assert kept and all(list(cache.rows) == list(cache.trunks) == own for cache in kept)
+    assert kept and all(list(cache.rows.layers) == list(cache.trunks.layers) == own for cache in kept)
     assert {cache.sources[len(modes) - 1] for cache in kept} == {own[-1]}
 
 

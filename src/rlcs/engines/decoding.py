@@ -1,20 +1,27 @@
-"""Decodes a batch for the local engine: prompts prefilled once, branched n times, a token a row and step.
+"""Decodes a batch for the local engine: prompts prefilled once, and each branch computed once.
 
-All rows form one flat sequence of queries; `ForestCache` gives each its prompt and its own tokens. Every
+Answers to one request that have said the same so far are one branch: one query computes the logits for all,
+and each draws its next token from them with its own number. Where they draw different tokens, they part.
+All queries form one flat sequence; `ForestCache` gives each its prompt and its branch's tokens. Every
 request has its own sampling settings, limit and stop strings, and joins and leaves while others go on.
+
+Letters in shapes: Q queries, M the most answers that any of their branches has, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rlcs.engines.branches import Branch, DecodeRequest, Likeliest, Row
 from rlcs.engines.cache import ForestCache, RecordingPlan
 from rlcs.engines.detokenizer import Detokenizer
+from rlcs.engines.drafting import Drafter, pass_cost
 from rlcs.engines.sampling import choose, likeliest, uniform
+from rlcs.engines.slots import settled
 from rlcs.errors import ModelError
 from rlcs.model import attention
 from rlcs.model.chat import Chat
@@ -23,103 +30,18 @@ from rlcs.model.image_features import image_inputs
 from rlcs.model.packing import pack
 from rlcs.model.policy import hidden_states
 from rlcs.model.vlm import Vlm
-from rlcs.records import Prompt, Sampling, StopReason, rollout_seed
+from rlcs.records import StopReason, rollout_seed
 from rlcs.records.trees import Tree
 
 PREFILL_TOKENS = 16384
 """Prompt tokens prefilled in one forward pass."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Token:
-    """One token of answer `index` and the text that it completes; `stop` is set on the last one.
-
-    `likeliest` are the ids that were most likely in its place, with their logprobs, if they were requested.
-    """
-
-    index: int
-    id: int
-    logprob: float
-    text: str
-    stop: StopReason | None
-    likeliest: tuple[tuple[int, float], ...] = ()
-
-
-Listener = Callable[[Token | Exception], None]
-"""Called with every token, in the thread that decodes; an exception means that the request failed, and is
-the last call."""
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class Row:
-    """One answer that is being decoded; `start` is the position of its first token."""
-
-    sampling: Sampling
-    index: int
-    seed: int
-    start: int
-    listener: Listener | None
-    detokenizer: Detokenizer
-    num_likeliest: int = 0
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    routes: list[bytes] = field(default_factory=list)
-    stop: StopReason | None = None
-
-    def take(self, token: int, logprob: float, likeliest: tuple[tuple[int, float], ...] = ()) -> None:
-        """Append a token, decide whether the answer ends with it, and report it to the listener."""
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        if token in self.sampling.stop_ids:
-            self.stop = StopReason.EOS
-        elif len(self.ids) >= self.sampling.max_new_tokens:
-            self.stop = StopReason.LENGTH
-        if self.listener is None:
-            return
-        text = "" if self.stop is StopReason.EOS else self.detokenizer.feed(token)
-        if self.detokenizer.stopped:
-            self.stop = StopReason.EOS
-        elif self.stop is not None:
-            text += self.detokenizer.flush()
-        self.listener(
-            Token(index=self.index, id=token, logprob=logprob, text=text, stop=self.stop, likeliest=likeliest)
-        )
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class DecodeRequest:
-    """`sampling.n` answers to one prompt; each ends before any of the `stops`, which need a listener.
-
-    The listener gets the `num_likeliest` most likely tokens beside each token.
-    """
-
-    prompt: Prompt
-    sampling: Sampling
-    step: int = 0
-    stops: tuple[str, ...] = ()
-    num_likeliest: int = 0
-    listener: Listener | None = None
-    cancelled: bool = False
-    rows: list[Row] = field(default_factory=list, repr=False)
-    routes: bytes = b""
-
-    @property
-    def max_tokens(self) -> int:
-        """The longest that prompt and answer can become."""
-        return len(self.prompt.ids) + self.sampling.max_new_tokens
-
-    @property
-    def finished(self) -> bool:
-        """Whether all answers have ended."""
-        return bool(self.rows) and all(row.stop is not None for row in self.rows)
-
-    def cancel(self) -> None:
-        """Remove the request from the batch at the next step. From any thread."""
-        self.cancelled = True
-
-
 class DecodingBatch:
-    """The rows that are being decoded, with the logits (B, V) of each row's next token."""
+    """The branches that are being decoded, with the logits (Q, V) that their answers draw the next token by.
+
+    A branch has a query for its last token, and one for each token of its draft.
+    """
 
     def __init__(self, vlm: Vlm, chat: Chat, *, keeps_routes: bool = False) -> None:
         """Empty: `add` requests, then `step`. `keeps_routes`: of a mixture, which experts compute what."""
@@ -127,20 +49,24 @@ class DecodingBatch:
         self.clear()
 
     def clear(self) -> None:
-        """Drop all requests and free their memory."""
+        """Drop all requests, free their memory, and forget what drafts are made of."""
+        self._free()
+        cost = pass_cost(self._vlm.model.config.get_text_config(), self._vlm.device.type)
+        self._drafter = Drafter(cost)
+
+    def _free(self) -> None:
         self.requests: list[DecodeRequest] = []
-        self._rows: list[Row] = []
+        self._branches: list[Branch] = []
         self._cache: ForestCache | None = None
-        self._logits = self._seeds = self._starts = torch.empty(0)
-        self._settings: list[tuple[Sampling, Tensor, list[int] | slice]] = []
+        self._logits = torch.empty(0)
 
     @property
     def live(self) -> int:
         """Number of answers that are still being decoded."""
-        return sum(row.stop is None for row in self._rows)
+        return sum(len(branch.rows) for branch in self._branches if not branch.ended)
 
     def add(self, requests: Sequence[DecodeRequest]) -> None:
-        """Prefill the prompts of requests and open `sampling.n` rows on each."""
+        """Prefill the prompts of requests, each with a branch for all of its `sampling.n` answers."""
         self.requests += requests
         for chunk in _by_tokens(requests, PREFILL_TOKENS):
             trunks = pack([Tree(prompt=r.prompt, branches=()) for r in chunk], self._chat.patches)
@@ -149,10 +75,8 @@ class DecodingBatch:
             plan = RecordingPlan(attention.make_plan(self._vlm.attention, layout, device), layout, device)
             images = image_inputs(self._vlm, trunks)
             states, routes = self._computed(trunks.ids, trunks.positions, plan=plan, **images)
-            ends = [trunk.stop - 1 for trunk in layout.trunks]
-            counts = torch.tensor([r.sampling.n for r in chunk], device=device)
-            logits = self._vlm.logits(states[ends]).repeat_interleave(counts, dim=0)
-            cache = ForestCache.prefilled(plan, counts)
+            logits = self._vlm.logits(states[[trunk.stop - 1 for trunk in layout.trunks]])
+            cache = ForestCache.prefilled(plan)
             for request, trunk in zip(chunk, layout.trunks, strict=True):
                 self._open(request, start=int(trunks.positions[:, trunk.start : trunk.stop].max()) + 1)
                 request.routes = b"".join(routes[trunk.start : trunk.stop])
@@ -161,44 +85,17 @@ class DecodingBatch:
             else:
                 self._cache.append(cache)
                 self._logits = torch.cat([self._logits, logits])
-        if requests:
-            self._rows_changed()
 
     def _open(self, request: DecodeRequest, *, start: int) -> None:
         sampling, prompt = request.sampling, request.prompt
+        branch = Branch(request=request, start=start)
         for index in range(sampling.n):
             number = prompt.repeat * sampling.n + index
             seed = rollout_seed(sampling.seed, request.step, prompt.problem_id, number)
-            request.rows.append(
-                Row(
-                    sampling=sampling,
-                    index=index,
-                    seed=seed,
-                    start=start,
-                    listener=request.listener,
-                    detokenizer=Detokenizer(self._chat.text, request.stops),
-                    num_likeliest=request.num_likeliest,
-                )
-            )
-        self._rows += request.rows
-
-    def _rows_changed(self) -> None:
-        """Rebuild what stays the same from step to step: seeds, first positions, rows by settings."""
-        device = self._vlm.device
-        self._seeds = torch.tensor([row.seed for row in self._rows], device=device)
-        self._starts = torch.tensor([row.start for row in self._rows], device=device)
-        groups: dict[tuple[float, float, tuple[int, ...]], list[int]] = {}
-        for index, row in enumerate(self._rows):
-            key = row.sampling.temperature, row.sampling.top_p, row.sampling.banned_ids
-            groups.setdefault(key, []).append(index)
-        self._settings = [
-            (
-                self._rows[group[0]].sampling,
-                torch.tensor(banned, dtype=torch.long, device=device),
-                slice(None) if len(groups) == 1 else group,  # all rows: a view, no copy of the logits
-            )
-            for (_, _, banned), group in groups.items()
-        ]
+            detokenizer = Detokenizer(self._chat.text, request.stops)
+            branch.rows.append(Row(index=index, seed=seed, branch=branch, detokenizer=detokenizer))
+        request.rows += branch.rows
+        self._branches.append(branch)
 
     def _computed(self, *inputs: Tensor, **keywords: Any) -> tuple[Tensor, list[bytes]]:
         """The `hidden_states` of tokens, and the experts that computed each, if they are to be kept."""
@@ -219,77 +116,149 @@ class DecodingBatch:
             self._drop_ended()
 
     def step(self) -> int:
-        """Choose a token for every row, then compute the next logits; returns how many answers ended."""
-        ids, logprobs = self._choose()
-        ended = 0
-        for index, (row, token, logprob) in enumerate(
-            zip(self._rows, ids.tolist(), logprobs.tolist(), strict=True)
-        ):
-            if row.stop is None:
-                if not math.isfinite(logprob):
-                    self._require_numbers(index)
-                row.take(token, logprob, self._likeliest(index))
-                ended += row.stop is not None
-        if ended:
-            self._drop_ended()
-        if self._rows:
-            self._advance(ids)
-        return ended
+        """Choose the next tokens of every answer, then compute the logits after them; returns how many ended.
 
-    def _choose(self) -> tuple[Tensor, Tensor]:
-        """The next token of every row, and its logprob."""
-        assert self._cache is not None, "rows were added before"
-        ids, logprobs = torch.empty_like(self._seeds), torch.empty(len(self._rows), device=self._vlm.device)
-        draws = uniform(self._seeds, self._cache.row_lengths)
-        for sampling, banned, group in self._settings:
+        An answer gets one token, and further ones as long as it says what the draft of its branch says.
+        """
+        live = self.live
+        chosen = self._choose()
+        branches, sources, query = [], [], 0
+        for source, branch in enumerate(self._branches):
+            if not branch.ended:
+                kept = self._walk(branch, query, *chosen)
+                branches += kept
+                sources += [source] * len(kept)
+            query += 1 + len(branch.draft)
+        order = settled(sources)
+        self._branches = [branches[element] for element in order]
+        left = self.live
+        if left < live:
+            self._drop_ended()
+        if self._branches:
+            self._advance([sources[element] for element in order], most=left)
+        return live - left
+
+    def _choose(self) -> tuple[list[list[int]], list[list[float]]]:
+        """Tokens (Q, M) that the answers of each query's branch say after it, and their logprobs."""
+        owners = [branch for branch in self._branches for _ in range(1 + len(branch.draft))]
+        seeds = np.zeros((len(owners), max(len(branch.rows) for branch in owners)), np.int64)
+        counters = np.zeros((len(owners), 1), np.int64)
+        groups: dict[tuple[float, float, tuple[int, ...]], list[int]] = {}
+        query = 0
+        for branch in self._branches:
+            after = query + 1 + len(branch.draft)
+            seeds[query:after, : len(branch.rows)] = [row.seed for row in branch.rows]
+            counters[query:after, 0] = range(len(branch.ids), len(branch.ids) + after - query)
+            sampling = branch.request.sampling
+            key = sampling.temperature, sampling.top_p, sampling.banned_ids
+            groups.setdefault(key, []).extend(range(query, after))
+            query = after
+        device = self._vlm.device
+        draws = uniform(torch.from_numpy(seeds).to(device), torch.from_numpy(counters).to(device))
+        ids = torch.empty(draws.shape, dtype=torch.long, device=device)
+        logprobs = torch.empty(draws.shape, device=device)
+        for (temperature, top_p, banned), queries in groups.items():
+            group = slice(None) if len(groups) == 1 else queries  # all: a view, no copy of the logits
             ids[group], logprobs[group] = choose(
                 self._logits[group],
                 draws[group],
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                banned=banned,
+                temperature=temperature,
+                top_p=top_p,
+                banned=torch.tensor(banned, dtype=torch.long, device=device),
             )
-        return ids, logprobs
+        return ids.tolist(), logprobs.tolist()
 
-    def _require_numbers(self, index: int) -> None:
-        """Raise ModelError where a row's logits are no numbers to choose a token by."""
-        logits = self._logits[index]
+    def _walk(
+        self, branch: Branch, query: int, ids: list[list[int]], logprobs: list[list[float]]
+    ) -> list[Branch]:
+        """Let the answers of a branch, whose first query is `query`, say what they chose.
+
+        Returns the branches that go on.
+        """
+        live: list[Branch] = []
+        draft, fed, rows = branch.draft, branch.fed, branch.rows
+        columns = list(range(len(rows)))
+        for place in range(len(draft) + 1):
+            tokens, numbers = ids[query + place], logprobs[query + place]
+            branch.routes += fed[place : place + 1]
+            saying: dict[int, list[int]] = {}
+            for column in columns:
+                saying.setdefault(tokens[column], []).append(column)
+            drafted = draft[place] if place < len(draft) else None
+            # Those who say what was drafted come last: they go on in this branch, and may part later.
+            ordered = sorted(saying, key=lambda token: token == drafted)
+            likely = self._likeliest(branch, query + place)
+            for token in ordered:
+                columns = saying[token]
+                first = columns[0]
+                if not math.isfinite(numbers[first]):
+                    self._require_numbers(query + place)
+                parting = token != ordered[-1]
+                one = branch.parted([rows[column] for column in columns]) if parting else branch
+                if not parting:
+                    branch.rows = [rows[column] for column in columns]
+                one.take(token, numbers[first], likely)
+                self._drafter.learn(one.ids)
+                if parting and not one.ended:
+                    live.append(one)
+            if branch.ended or token != drafted:
+                break
+        return live if branch.ended else [branch, *live]
+
+    def _require_numbers(self, query: int) -> None:
+        """Raise ModelError where a query's logits are no numbers to choose a token by."""
+        logits = self._logits[query]
         if bool(logits.isnan().any()) or not bool(logits.isfinite().any()):
             fix = "its weights are damaged, or training has spoilt them: take another model or checkpoint"
             raise ModelError("the model computes NaN instead of probabilities", fix=fix)
 
-    def _likeliest(self, index: int) -> tuple[tuple[int, float], ...]:
-        """The most likely next tokens of a row whose request wants them."""
-        row = self._rows[index]
-        if not row.num_likeliest:
-            return ()
-        temperature = row.sampling.temperature
-        return likeliest(self._logits[index], temperature=temperature, count=row.num_likeliest)
+    def _likeliest(self, branch: Branch, query: int) -> Likeliest:
+        """The most likely tokens after a query, if the branch's request wants them."""
+        count, temperature = branch.request.num_likeliest, branch.request.sampling.temperature
+        return likeliest(self._logits[query], temperature=temperature, count=count) if count else ()
 
     def _drop_ended(self) -> None:
         """Drop requests whose answers have all ended; after the last one free all memory."""
-        self.requests = [r for r in self.requests if any(row.stop is None for row in r.rows)]
+        self.requests = [r for r in self.requests if not r.finished]
         if not self.requests:
-            self.clear()
+            self._free()
 
-    def _advance(self, ids: Tensor) -> None:
-        """Compute the logits after the chosen tokens; ended rows leave once they are an eighth of all."""
-        assert self._cache is not None, "rows were added before"
-        kept = [index for index, row in enumerate(self._rows) if row.stop is None]
-        if (len(self._rows) - len(kept)) * 8 >= len(self._rows):
-            self._rows = [self._rows[index] for index in kept]
-            chosen = torch.tensor(kept, device=ids.device)
-            self._cache.keep(chosen)
-            ids = ids[chosen]
-            self._rows_changed()
-        positions = (self._starts + self._cache.row_lengths).expand(3, -1)
-        self._cache.begin_step()
-        states, routes = self._computed(ids, positions, plan=self._cache)
-        for row, experts in zip(self._rows, routes, strict=False):
-            if row.stop is None:
-                row.routes.append(experts)
+    def _advance(self, sources: Sequence[int], *, most: int) -> None:
+        """Compute the logits after the newest tokens of all branches, which go on from these rows of cache.
+
+        There will be at most `most` branches.
+        """
+        assert self._cache is not None, "branches were added before"
+        device = self._vlm.device
+        lengths = [len(branch.ids) - 1 for branch in self._branches]
+        if not self._cache.recurrence.states:  # which cannot go back behind tokens that were wrong
+            for branch in self._branches:
+                branch.draft = self._drafted(branch)
+        self._cache.arrange(sources, max(lengths), most=most)
+        self._cache.begin_pass(lengths, [1 + len(branch.draft) for branch in self._branches], device)
+        tokens, positions = list[int](), list[int]()
+        for branch, length in zip(self._branches, lengths, strict=True):
+            tokens += [branch.ids[-1], *branch.draft]
+            first = branch.start + length
+            positions += range(first, first + 1 + len(branch.draft))
+        inputs = torch.tensor([tokens, positions], device=device)
+        states, routes = self._computed(inputs[0], inputs[1].expand(3, -1), plan=self._cache)
         self._logits = self._vlm.logits(states)
-        self._cache.end_step()
+        query = 0
+        for branch in self._branches:
+            after = query + 1 + len(branch.draft)
+            branch.fed = routes[query:after]
+            query = after
+
+    def _drafted(self, branch: Branch) -> list[int]:
+        """What the answers of a branch may say next, up to before the last token that they can."""
+        sampling = branch.request.sampling
+        return self._drafter.draft(
+            branch.ids,
+            branches=len(self._branches),
+            most=sampling.max_new_tokens - len(branch.ids) - 1,
+            never=sampling.stop_ids,
+        )
 
 
 def _by_tokens(requests: Sequence[DecodeRequest], budget: int) -> list[list[DecodeRequest]]:

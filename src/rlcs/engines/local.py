@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from rlcs.engines.base import EngineView, OnGroup, Seen
+from rlcs.engines.branches import DecodeRequest, Listener, Row, Token
 from rlcs.engines.cache_sizes import cache_sizes
-from rlcs.engines.decoding import DecodeRequest, DecodingBatch, Listener, Row, Token
+from rlcs.engines.decoding import DecodingBatch
 from rlcs.engines.onednn_linear import packed
 from rlcs.errors import out_of_memory_in
 from rlcs.model.chat import Chat

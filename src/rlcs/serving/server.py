@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from rlcs.data.images import image_from_bytes
-from rlcs.engines.decoding import Token
+from rlcs.engines.branches import Token
 from rlcs.errors import ImageError, OutOfMemory, UserError
 from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
 from rlcs.serving.defaults import SamplingDefaults

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rlcs.data.decoder import ImageDecoder
 from rlcs.data.images import Measure, encode, image_from_bytes, image_from_path, measured, open_image
-from rlcs.engines.decoding import Token
+from rlcs.engines.branches import Token
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import ImageError, OutOfMemory, PromptError, RlcsError, UserError
 from rlcs.grading.extraction import extract
