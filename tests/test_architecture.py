@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "rlcs"
 
 # A package may import packages of lower layers, and of its own layer as long as no circle forms.
 LAYERS = (
-    ("errors", "records", "redaction", "signals", "progress", "patience"),
+    ("errors", "records", "redaction", "signals", "progress", "patience", "cores"),
     ("recipe", "storage", "grading"),
     ("data", "distributed"),
     ("model",),
@@ -41,6 +41,7 @@ LIGHT = (
     "signals",
     "progress",
     "patience",
+    "cores",
     "recipe",
     "storage",
     "grading",

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from rlcs.cores import usable_cores
 from rlcs.errors import RecipeError, RlcsError
 from rlcs.grading.channel import VARIABLE, Channel
 from rlcs.grading.compare import Verdict
@@ -65,7 +66,7 @@ class GradePool(AbstractContextManager["GradePool"]):
         self.deadline_s = deadline_s
         self.allow_fallbacks = allow_fallbacks
         self._function = function
-        self._size = workers or max(1, (os.cpu_count() or 1) // 2)
+        self._size = workers or max(1, usable_cores() // 2)
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._lock = threading.Lock()

@@ -4,7 +4,6 @@ Only what is still to come is tried. Nothing is written into the run's stages, a
 as they were: results do not depend on the trial.
 """
 
-import os
 import resource
 import shlex
 import socket
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from rlcs.cores import usable_cores
 from rlcs.data.run_data import RunData
 from rlcs.distill.teachers import open_teacher
 from rlcs.distributed import ALONE, World, visible_gpus
@@ -197,7 +197,7 @@ class Preflight:
             needed += recipe.rollout.concurrency * (len(recipe.rollout.urls) or recipe.rollout.servers)
         needed += recipe.teacher.concurrency if self._remaining.asks_teacher else 0
         needed += recipe.grpo.reward.judge.concurrency if "judge" in recipe.grpo.reward.weights else 0
-        needed += 4 * (recipe.grpo.reward.workers or os.cpu_count() or 1) * len(recipe.grpo.reward.weights)
+        needed += 4 * (recipe.grpo.reward.workers or usable_cores()) * len(recipe.grpo.reward.weights)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft == resource.RLIM_INFINITY or soft >= needed:
             return ()
