@@ -37,7 +37,6 @@ from rlcs.recipe.schema import Model, Recipe
 from rlcs.records import Problem, Prompt, Request, Sample
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done
-from rlcs.train import sft
 from rlcs.train.state import capture_rng, restore_rng
 from rlcs.train.trackers import try_trackers
 
@@ -218,7 +217,7 @@ class Preflight:
         demonstrations = len(self._data.cold_start) * max(1, recipe.teacher.max_kept)
         for name in self._remaining.train:
             settings = recipe.sft if name == "sft" else recipe.grpo
-            steps = sft.steps_of(recipe.sft, demonstrations) if name == "sft" else recipe.grpo.steps
+            steps = recipe.sft.num_steps(demonstrations) if name == "sft" else recipe.grpo.steps
             vlm = loading.load(recipe.learner, weights=False)
             vlm = loading.prepare(vlm, recipe.lora, settings.freeze, seed=recipe.seed)
             if not any(parameter.requires_grad for parameter in vlm.model.parameters()):
