@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.shapes import Case
-from rlcs.plan.shapes import measure
+from rlcs.plan.skeleton import measure
 from rlcs.plan.work import language, vision
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from rlcs.plan.shapes import published, skeleton
+from rlcs.plan.skeleton import published, skeleton
 from tools import tiny_model
 
 FILE_BYTES = 4_000_000_000

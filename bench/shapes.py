@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qw
 
 from rlcs.data import puzzles
 from rlcs.data.images import image_from_bytes
+from rlcs.model.bins import within_budget
 from rlcs.model.chat import Chat
 from rlcs.model.families import FAMILIES
 from rlcs.model.images import ImagePipeline
-from rlcs.model.packing import within_budget
 from rlcs.model.patches import FlatPatches
 from rlcs.recipe.schema import Prompts
 from rlcs.recipe.stages import Grpo

@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "rlcs"
 
 # A package may import packages of lower layers, and of its own layer as long as no circle forms.
 LAYERS = (
-    ("errors", "records", "redaction", "signals", "progress", "patience"),
+    ("errors", "records", "redaction", "signals", "progress", "patience", "cores"),
     ("recipe", "storage", "grading"),
     ("data", "distributed"),
     ("model",),
@@ -41,6 +41,7 @@ LIGHT = (
     "signals",
     "progress",
     "patience",
+    "cores",
     "recipe",
     "storage",
     "grading",
@@ -51,6 +52,23 @@ LIGHT = (
 """Packages that must be importable without torch."""
 
 HEAVY = {"torch", "torchvision", "transformers", "datasets"}
+HEAVY_FOR_PEOPLE_WHO_WAIT = HEAVY | {
+    *("accelerate", "fastapi", "gradio", "httpx", "matplotlib", "math_verify", "openai", "pandas"),
+    *("peft", "pint", "prometheus_client", "pyarrow", "safetensors", "scipy", "sympy", "uvicorn"),
+}
+"""What a command that only reads and counts must not load: seconds before its first word."""
+LIGHT_COMMANDS = (
+    "--help",
+    "run --help",
+    "recipes ls",
+    "recipes show quickstart",
+    "recipes explain",
+    "plan quickstart",
+    "plan recommended-7b lora.rank=16 --explain",
+    "data check builtin:puzzles?count=3&seed=1",
+    "grade answers.jsonl --explain",
+    "doctor no-such-run",
+)
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 500
@@ -446,3 +464,20 @@ def test_command_line_starts_fast_and_without_torch() -> None:
     assert outputs[0][1:] == [], "import rlcs.cli.main loads heavy libraries"
     best = min(float(output[0]) for output in outputs)
     assert best < MAX_IMPORT_SECONDS, f"import rlcs.cli.main takes {best * 1000:.0f} ms"
+
+
+@pytest.mark.parametrize("command", LIGHT_COMMANDS)
+def test_commands_that_only_read_and_count_load_nothing_heavy(command: str, tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text('{"question": "1 + 1?", "answer": "2", "response": "3"}\n')
+    program = (
+        "import sys\n"
+        "from rlcs.cli.main import main\n"
+        f"sys.argv = ['rlcs', *{command.split()!r}]\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        f"    print('loaded:', *sorted({HEAVY_FOR_PEOPLE_WHO_WAIT!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == (2 if "no-such" in command else 0), done.stderr
+    assert "loaded:" in done.stderr.splitlines(), done.stderr

@@ -20,7 +20,7 @@ from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.grading.pool import GradePool
 from rlcs.model import loading
 from rlcs.model.layout import dense_mask, layout_of
-from rlcs.plan.shapes import measure
+from rlcs.plan.skeleton import measure
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.schema import Model
 from tools import tiny_model
@@ -48,7 +48,7 @@ def test_limit_counts_the_pairs_that_are_visible_in_the_mask():
     trunk, lengths = 5, [3, 4]
     layout = layout_of([(trunk, lengths)])
     sizes = measure("defaults", Qwen2_5_VLConfig())
-    size = sizes.text.hidden_size * sizes.text.num_hidden_layers
+    size = sizes.hidden * sizes.layers.total()
     no_pairs = limit.language(sizes, trunk, lengths) - 4.0 * size * int(dense_mask(layout).sum())
     apart = limit.language(sizes, trunk + 7, []) - 4.0 * size * 12 * 13 / 2
     assert no_pairs == pytest.approx(apart + 2.0 * sizes.head * 7)

@@ -3,7 +3,7 @@
 import pytest
 
 from rlcs.engines.cache_sizes import cache_sizes
-from rlcs.plan.shapes import published
+from rlcs.plan.skeleton import published
 
 
 def sizes(name):

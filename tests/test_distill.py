@@ -11,7 +11,7 @@ from conftest import make_conversation
 from rlcs.data import puzzles
 from rlcs.data.loading import load
 from rlcs.data.rows import Row
-from rlcs.distill import load_kept, run
+from rlcs.distill.run import load_kept, run
 from rlcs.errors import UserError
 from rlcs.recipe.schema import Data, Teacher
 from rlcs.records import Grade, Problem

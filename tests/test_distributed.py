@@ -22,10 +22,11 @@ import distributed_worker
 from rlcs.distributed import ALONE, World, join_world
 from rlcs.errors import UserError
 from rlcs.model import loading
+from rlcs.model.bins import balanced
 from rlcs.model.chat import Chat
 from rlcs.model.checkpoints import complete
 from rlcs.model.fsdp import reference_dtype
-from rlcs.model.packing import balanced, pack
+from rlcs.model.packing import pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.execution import Parallel

@@ -16,8 +16,9 @@ from loopback_server import LoopbackServer, last_text
 from rlcs.cli.train import _arm_lines
 from rlcs.engines import openai_client
 from rlcs.errors import EndpointError, RlcsError, RunFolderError, UserError
+from rlcs.evals import CHUNK
 from rlcs.evals.answer_extractor import needs_extractor
-from rlcs.evals.arms import CHUNK, Evaluator, evaluate
+from rlcs.evals.arms import Evaluator, evaluate
 from rlcs.evals.comparison import REPORTED, as_markdown
 from rlcs.evals.run import EvalRun, evaluate_models, label_models
 from rlcs.grading import GradePool

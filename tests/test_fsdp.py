@@ -24,7 +24,7 @@ from rlcs.errors import UserError
 from rlcs.model.checkpoints import complete
 from rlcs.model.fsdp import mesh_of, wrap
 from rlcs.model.policy import score
-from rlcs.plan.shapes import published, skeleton
+from rlcs.plan.skeleton import published, skeleton
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.loading import load_recipe
 from test_distributed import JOBS, assert_same, environment, free_port, run_on

@@ -25,6 +25,6 @@ def test_the_ranks_of_a_machine_share_its_grader_processes(
             super().__init__(workers=workers)
 
     monkeypatch.setattr(rewards, "GradePool", Pool)
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("rlcs.pipeline.graders.usable_cores", lambda: cores)
     with open_graders(Reward(workers=workers), World(local_size=ranks), tmp_path):
         assert asked == [own]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlcs.grading import GradePool
+from rlcs.grading import GradePool, reading
 from rlcs.grading.inspection import equal_options, gold_fault
 from rlcs.records import Problem
 
@@ -102,3 +102,15 @@ def test_the_pool_asks_whether_a_gold_answer_equals_itself():
     assert list(faults) == [(r"\foo{\bar}^^", ()), (r"\text{}", ())]
     assert "is empty" in faults[r"\text{}", ()]
     assert "cannot be read: it is not a formula" in faults[r"\foo{\bar}^^", ()]
+
+
+def test_plain_numbers_are_not_parsed_to_be_found_sound(monkeypatch):
+    """A million of them are checked in seconds; every other gold answer is parsed."""
+    parsed = []
+    tokenise = reading.tokenise
+    monkeypatch.setattr(reading, "tokenise", lambda text: parsed.append(text) or tokenise(text))
+    golds = [*(f"{number}.25" for number in range(10_000, 10_300)), "77777.25 cm"]
+    with GradePool(workers=1) as pool:
+        problems = [Problem(id=gold, source="s", question="?", answer=gold) for gold in golds]
+        assert pool.gold_faults(problems) == {}
+    assert parsed and all("cm" in text for text in parsed)

@@ -189,3 +189,15 @@ def test_what_is_longer_than_any_answer_is_text() -> None:
     assert isinstance(read("1+" * MAX_CHARACTERS + "1"), Text)
     assert isinstance(read("(1+" * 300 + "1" + ")" * 300), Text)
     assert isinstance(read("x," * 400 + "x"), Text)
+
+
+@given(st.from_regex(r"\A-?[0-9]{1,20}(\.[0-9]{1,20})?\Z"))
+def test_a_plain_number_is_read_at_once_as_the_long_way_reads_it(text: str) -> None:
+    """A space takes the way through tokens and grammar."""
+    assert reading.is_plain_number(text) and not reading.is_plain_number(f"{text} ")
+    assert repr(read(text)) == repr(read(f"{text} "))
+
+
+@pytest.mark.parametrize("text", ["1e5", "1,000", ".5", "5.", "+5", "٣", "5 ", "1/2", "5%", "", "-", "1\n"])
+def test_what_is_no_plain_number(text: str) -> None:
+    assert not reading.is_plain_number(text)

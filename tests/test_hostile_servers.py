@@ -9,7 +9,7 @@ import pytest
 
 from loopback_server import LoopbackServer, last_text
 from rlcs.data.rows import Row
-from rlcs.distill import run
+from rlcs.distill.run import run
 from rlcs.engines import openai_client as client
 from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import EndpointError, UserError

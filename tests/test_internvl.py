@@ -14,7 +14,7 @@ from rlcs.model import loading
 from rlcs.model.families.internvl import InternVl
 from rlcs.model.images import ImagePipeline
 from rlcs.model.parity_check import agreement
-from rlcs.plan.shapes import published
+from rlcs.plan.skeleton import published
 from rlcs.plan.towers import tower_of
 from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import ImageRef

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_problem, path_ids, row_inputs
+from rlcs.model.bins import within_budget
 from rlcs.model.layout import Layout, Segment, dense_mask
-from rlcs.model.packing import pack, trunk_positions, within_budget
+from rlcs.model.packing import pack, trunk_positions
 from rlcs.records import Prompt
 from rlcs.records.trees import Branch, Tree
 

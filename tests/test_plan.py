@@ -13,15 +13,19 @@ from typer.testing import CliRunner
 from rlcs.cli.main import app
 from rlcs.errors import UserError
 from rlcs.model.families import FAMILIES
+from rlcs.model.source import BUILTIN
 from rlcs.plan.data_size import Rows, rows_of
 from rlcs.plan.layers import Attention
 from rlcs.plan.machine import GIB, GPUS, Assumed, machine
 from rlcs.plan.page import make_plan
 from rlcs.plan.planner import largest_tree
-from rlcs.plan.shapes import measure, published, sizes_of, skeleton
+from rlcs.plan.shapes import Sizes
+from rlcs.plan.sizes import SIZES_FILE, sizes_of
+from rlcs.plan.skeleton import PUBLISHED, measure, published, sizes_from_configuration, skeleton
 from rlcs.plan.work import language, vision
 from rlcs.recipe.loading import list_recipes, load_recipe, read_section
 from rlcs.recipe.schema import Model
+from rlcs.storage import read_json
 
 HUB = "Qwen/Qwen2.5-VL-{}-Instruct"
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
@@ -90,7 +94,7 @@ def planned(recipe, *overrides, gpus=8, gpu="H100", memory=None, words=()):
 def test_published_sizes_to_the_last_parameter(size):
     sizes = sizes_of(Model(name=HUB.format(size)))
     assert sizes.total == PARAMETERS[size]
-    text = sizes.text
+    text = published(HUB.format(size)).get_text_config()
     rows = text.vocab_size * text.hidden_size
     embeddings = rows * (1 if size == "3B" else 2)  # only the smallest ties its head to its embedding
     width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
@@ -140,6 +144,18 @@ def test_weights_are_named_as_in_the_published_checkpoints(size, tensors):
         names.discard("lm_head.weight")  # tied: a name for the embedding, which is saved once
     assert names == expected
     assert len(expected) == tensors
+
+
+@pytest.mark.parametrize("name", read_json(SIZES_FILE))
+def test_the_table_holds_the_sizes_of_the_models_modules(name):
+    """`python -m tools.plan_sizes` writes it anew."""
+    known = sizes_of(Model(name=name))
+    assert known == sizes_from_configuration(Model(name=name))
+    assert known == Sizes.from_json(name, json.loads(json.dumps(known.to_json())))
+
+
+def test_the_table_holds_all_published_and_built_in_models():
+    assert set(read_json(SIZES_FILE)) == {*read_json(PUBLISHED), *BUILTIN}
 
 
 def test_sizes_of_a_folder_are_those_of_the_loaded_model(random_model_folder, vlm):
@@ -204,10 +220,12 @@ def test_other_families_are_planned_from_their_configuration(name, tmp_path):
 )
 def test_operations_are_those_of_the_layers_that_there_are(name):
     """Two a weight of a linear layer and a token, and between tokens: from the model itself."""
-    sizes = measure(name, published(name) or OTHERS[name][1])
-    text, tower, tokens, patches = sizes.text, sizes.vision, 7, 256
+    config = published(name) or OTHERS[name][1]
+    sizes, text = measure(name, config), config.get_text_config()
+    tower, tokens, patches = sizes.vision, 7, 256
     weights = {
-        part: sum(x.inputs * x.outputs for x in sizes.linears if x.part == part) for part in sizes.parameters
+        part: sum(n * x.inputs * x.outputs for x, n in sizes.linears.items() if x.part == part)
+        for part in sizes.parameters
     }
     used = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 0
     between = 0.0
@@ -408,7 +426,7 @@ def test_operations_are_about_two_a_parameter_a_token_and_pass():
     images = "images.min_pixels=1"
     plan = planned("recommended-7b", images, "model.gradient_checkpointing=false", words=words).stages["sft"]
     sizes = sizes_of(Model(name=HUB.format("7B")))
-    rows = sizes.text.vocab_size * sizes.text.hidden_size
+    rows = sizes.head
     body = sizes.parameters["language_model"] - 2 * rows
     assert plan.tokens == 64 * 300
     assert plan.flops == pytest.approx(6 * 64 * (300 * body + 100 * rows), rel=0.01)

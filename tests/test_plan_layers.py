@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from rlcs.model import attention
 from rlcs.model.families import FAMILIES
 from rlcs.model.layout import layout_of
-from rlcs.plan.layers import Attention, DeltaNet, layers_of
+from rlcs.plan.layers import Attention, DeltaNet
 from rlcs.plan.memory import Passing, language_layer
-from rlcs.plan.shapes import published
+from rlcs.plan.skeleton import layers_of, published
 from rlcs.plan.work import between_tokens
 
 TOKENS = 256

@@ -16,7 +16,7 @@ from conftest import make_problem
 from rlcs.model import loading
 from rlcs.model.packing import pack
 from rlcs.plan.memory import Load, Passing, activations, update_peak
-from rlcs.plan.shapes import measure
+from rlcs.plan.skeleton import measure
 from rlcs.recipe.execution import Lora
 from rlcs.recipe.schema import Model
 from rlcs.recipe.stages import Grpo, Optimizer

@@ -17,7 +17,7 @@ from rlcs.model.fsdp import mesh_of
 from rlcs.plan.machine import machine
 from rlcs.plan.memory import Load, Passing, activations, update_peak
 from rlcs.plan.placement import place, stored, units_of
-from rlcs.plan.shapes import measure, published
+from rlcs.plan.skeleton import measure, published
 from rlcs.recipe.execution import Lora, Parallel
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Model

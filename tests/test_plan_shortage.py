@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from rlcs.model.policy import LOGIT_CHUNK
+from rlcs.model.chunks import LOGIT_CHUNK
 from rlcs.plan.machine import GIB, Assumed, machine
 from rlcs.plan.memory import Passing, token_keeps
 from rlcs.plan.page import make_plan
 from rlcs.plan.planner import Inputs
-from rlcs.plan.shapes import sizes_of
 from rlcs.plan.shortage import PARTS, shortage_advice
+from rlcs.plan.sizes import sizes_of
 from rlcs.plan.stages import plan_stages
 from rlcs.recipe.loading import changed, load_recipe
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlcs.plan.shapes import published
+from rlcs.plan.skeleton import published
 from rlcs.plan.towers import tower_of
 from rlcs.plan.work import vision
 

@@ -7,7 +7,7 @@ import pytest
 
 from loopback_server import LoopbackServer
 from rlcs.data.rows import Row
-from rlcs.distill import run
+from rlcs.distill.run import run
 from rlcs.engines.openai_client import EndpointClient
 from rlcs.engines.providers import Fields
 from rlcs.engines.replies import fault

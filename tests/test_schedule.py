@@ -16,9 +16,9 @@ from loopback_server import LoopbackServer, last_text, text_of
 from plain_grading import grade
 from rlcs.data import puzzles
 from rlcs.data.rows import Row
-from rlcs.distill import load_kept, run
 from rlcs.distill.chains import Chain, formatted
 from rlcs.distill.filters import choose, reason_to_reject
+from rlcs.distill.run import load_kept, run
 from rlcs.engines import openai_client
 from rlcs.errors import DataError, EndpointError, RecipeError, RunFolderError
 from rlcs.generation import Entry

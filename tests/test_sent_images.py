@@ -12,7 +12,7 @@ from rlcs.data import sent_images
 from rlcs.data.images import image_from_bytes, image_from_path, open_image
 from rlcs.data.rows import Row
 from rlcs.data.sent_images import LOSSLESS_BYTES, SentImages, sent_image, shrunk
-from rlcs.distill import run
+from rlcs.distill.run import run
 from rlcs.recipe.schema import Images, Teacher
 from rlcs.records import Problem
 

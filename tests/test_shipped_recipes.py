@@ -16,7 +16,7 @@ from rlcs.model.families import FAMILIES
 from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
 from rlcs.model.packing import pack
 from rlcs.model.vlm import Vlm
-from rlcs.plan.shapes import published
+from rlcs.plan.skeleton import published
 from rlcs.recipe.loading import differences, load_recipe
 from rlcs.recipe.schema import Recipe
 from rlcs.recipe.table import summary_rows

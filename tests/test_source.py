@@ -24,7 +24,7 @@ from rlcs.generation import open_sampler
 from rlcs.model import loading
 from rlcs.model.source import BUILTIN, find_source, origin_of
 from rlcs.pipeline.study import Study
-from rlcs.plan.shapes import sizes_of
+from rlcs.plan.sizes import sizes_of
 from rlcs.progress import Output
 from rlcs.publish.export import Export, export
 from rlcs.recipe.loading import dump, load_recipe

@@ -12,7 +12,7 @@ from rlcs.plan.measured import Rates
 from rlcs.plan.page import make_plan
 from rlcs.plan.passes import NO_TRAFFIC, forward_traffic, passed, rounds_of, update_traffic
 from rlcs.plan.rates import speeds_of
-from rlcs.plan.shapes import sizes_of
+from rlcs.plan.sizes import sizes_of
 from rlcs.plan.stages import placed
 from rlcs.plan.step_time import on_policy_overlap, step_time
 from rlcs.plan.work import Trees, language, vision

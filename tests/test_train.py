@@ -18,8 +18,9 @@ from rlcs.engines.vllm.protocol import PromptRequest
 from rlcs.errors import CheckpointError, DataError, TrainingError
 from rlcs.grading import GradePool
 from rlcs.model import loading
+from rlcs.model.bins import within_budget
 from rlcs.model.checkpoints import complete
-from rlcs.model.packing import pack, within_budget
+from rlcs.model.packing import pack
 from rlcs.model.policy import score
 from rlcs.progress import screen
 from rlcs.recipe.schema import Images, Prompts, Recipe

@@ -24,7 +24,7 @@ from rlcs.cli.main import app
 from rlcs.data import puzzles
 from rlcs.data.images import data_uri, encoded_image, open_image
 from rlcs.data.rows import Row
-from rlcs.distill import run as distil
+from rlcs.distill.run import run as distil
 from rlcs.errors import EndpointError
 from rlcs.publish.export import Export, export
 from rlcs.recipe.sampling import Endpoint, EngineSettings

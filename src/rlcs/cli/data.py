@@ -115,9 +115,6 @@ def _check_recipe(recipe: "Recipe", *, json: bool) -> None:
 
 
 def _facts(found: "SourceCheck") -> dict[str, Any]:
-    from rlcs.data.check import kinds_of_golds
-
-    kinds = kinds_of_golds(row.problem for row in found.good)
     return {
         "source": found.source,
         "role": found.role,
@@ -127,16 +124,15 @@ def _facts(found: "SourceCheck") -> dict[str, Any]:
         "refusal": found.refusal,
         "golds": {
             kind: {"rows": len(same), "id": same[0].id, "answer": same[0].answer}
-            for kind, same in kinds.items()
+            for kind, same in found.kinds.items()
         },
     }
 
 
 def _lines(found: "SourceCheck") -> list[str]:
-    from rlcs.data.check import grouped, kind_lines, kinds_of_golds
+    from rlcs.data.check import grouped, kind_lines
 
-    kinds = kinds_of_golds(row.problem for row in found.good)
-    table = kind_lines(kinds, columns=get_terminal_size().columns)
+    table = kind_lines(found.kinds, columns=get_terminal_size().columns)
     counts = f"{len(found.good):,} rows can be used, {len(found.bad):,} cannot"
     refusal = [f"a run refuses this source: {found.refusal}"] if found.refusal else []
     return [*grouped(found.bad), *table, *found.notes, *refusal, counts]

@@ -20,6 +20,7 @@ from rlcs.cli.recipes import recipes_app
 from rlcs.cli.report import report_app
 from rlcs.cli.serve import serve_app
 from rlcs.cli.train import train_app
+from rlcs.cores import find_cores, thread_settings
 from rlcs.errors import RlcsError, UserError, out_of_memory_in
 from rlcs.redaction import guard_streams
 
@@ -72,7 +73,8 @@ add_examples(app)
 
 def main() -> None:
     """Run the command line; expected errors go to stderr without a traceback, and set the exit code."""
-    for name, value in _QUIET.items():
+    threads = thread_settings(find_cores(), os.environ)
+    for name, value in (_QUIET | threads).items():
         os.environ.setdefault(name, value)
     guard_streams()
     try:

@@ -159,7 +159,7 @@ def distill(recipe: RecipeName, options: TrainOptions, overrides: Overrides = No
             typer.echo(f"  {name:<18}  {value}")
 
     from rlcs.data.check import grouped
-    from rlcs.distill import load_rows, run
+    from rlcs.distill.run import load_rows, run
     from rlcs.progress import screen
     from rlcs.signals import StopFlag
     from rlcs.storage import read_json

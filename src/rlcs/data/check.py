@@ -1,7 +1,7 @@
 """Looks at the gold answers of a source, and groups rows that cannot be used by their reasons."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rlcs.data.row_notes import counted
 from rlcs.data.rows import BadRow, Row
@@ -55,7 +55,7 @@ def option_notes(problems: Iterable[Problem]) -> tuple[str, ...]:
     return (f"rows with two equal options: {len(alike):,}, e.g. {letters} of row {problem.id}",)
 
 
-def kind_lines(kinds: dict[str, list[Problem]], *, columns: int = 80) -> list[str]:
+def kind_lines(kinds: Mapping[str, Sequence[Problem]], *, columns: int = 80) -> list[str]:
     """A table of the kinds of gold answers: number of rows, and one example of each, cut to `columns`."""
     if not kinds:
         return []

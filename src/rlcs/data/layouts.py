@@ -48,7 +48,9 @@ class Layout:
 
     def fits(self, filled: Fields, *, has_question: bool) -> bool:
         """Whether a row with these values is of this layout."""
-        if (self.alone and has_question) or not all(name in filled for name in self.needs):
+        if self.needs[0] not in filled or (self.alone and has_question):
+            return False
+        if not all(name in filled for name in self.needs):
             return False
         return not self.lists or isinstance(structured(filled[self.needs[0]]), list)
 

@@ -5,7 +5,6 @@ Look-alikes are found by a perceptual hash, which a new size or compression hard
 """
 
 import hashlib
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlcs.cores import usable_cores
 from rlcs.data.images import open_image
 from rlcs.data.sources import is_builtin
 from rlcs.errors import DataError
@@ -160,7 +160,7 @@ class OverlapFinder:
             chosen.append(ref)
         self._skipped |= wanted.keys()
         work = partial(_decoded, look_alikes=self._look_alikes)
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoders let other threads run
+        with ThreadPoolExecutor(usable_cores()) as threads:  # decoders let other threads run
             for ref, (pixels, image_hash) in zip(chosen, threads.map(work, chosen), strict=True):
                 self._pixels[ref.sha256] = pixels
                 if image_hash is not None:

@@ -302,13 +302,17 @@ class _Cells:
 
     def column(self, group: str) -> str | None:
         """The column of ours that counts: the first with a value, or else the first that is there."""
-        return first_filled(self.fields, self._columns[group])
+        names = self._columns[group]
+        filled = next((name for name in names if name in self.filled), None)
+        if filled is not None:
+            return filled
+        return next((name for name in names if name in self.fields), None)
 
     def get(self, group: str) -> tuple[Any, bool]:
         """The value of a group, and whether there is one at all (it may be empty)."""
         column = self.column(group)
         value = None if column is None else self.fields[column]
-        if column not in self.filled and is_filled(self.converted.values.get(group)):
+        if self.layout and column not in self.filled and is_filled(self.converted.values.get(group)):
             return self.converted.values[group], True
         return value, column is not None
 

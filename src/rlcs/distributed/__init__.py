@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rlcs.distributed.peers import Meeting, Peers
 from rlcs.distributed.torchrun import STARTED
 from rlcs.errors import RlcsError, TrainingError, UserError
+from rlcs.recipe.execution import ranks_per_copy
 from rlcs.signals import StopFlag
 
 T = TypeVar("T")
@@ -218,22 +219,6 @@ def _watched(rank: int, objects: Any) -> Iterator[None]:
         failed = False
     finally:
         peers.leave(failed=failed)
-
-
-def ranks_per_copy(size: int, shard_size: int | None) -> int | None:
-    """The number of ranks that share one copy of a model; None: all `size` of them.
-
-    Raises UserError when `shard_size` does not divide `size`.
-    """
-    if shard_size is None or shard_size >= size:
-        return None
-    if size % shard_size:
-        raise UserError(
-            f"{size} ranks cannot be divided into groups of {shard_size}",
-            where="parallel.shard_size",
-            fix="choose the number of GPUs of one node, which divides that of all; or leave the key out",
-        )
-    return shard_size
 
 
 def visible_gpus() -> list[str]:

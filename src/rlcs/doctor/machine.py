@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from rlcs.cores import explain_threads, find_cores
 from rlcs.data.sources import open_builtin
 from rlcs.doctor import Finding
 from rlcs.engines.local import LocalEngine
@@ -37,10 +38,7 @@ def facts() -> dict[str, str]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
     found = {"python": f"{platform.python_version()} on {platform.platform(terse=True)}"}
     found |= {name: _version(name) or "not installed" for name in _NEEDED}
-    found["processor"] = (
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch"
-        f" (OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')})"
-    )
+    found["processor"] = explain_threads(find_cores(), os.environ, torch.get_num_threads())
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         found[f"gpu {index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"

@@ -25,6 +25,7 @@ from rlcs.engines.slots import settled
 from rlcs.errors import ModelError
 from rlcs.model import attention
 from rlcs.model.chat import Chat
+from rlcs.model.chunks import PREFILL_TOKENS
 from rlcs.model.experts import Routing
 from rlcs.model.image_features import image_inputs
 from rlcs.model.packing import pack
@@ -32,9 +33,6 @@ from rlcs.model.policy import hidden_states
 from rlcs.model.vlm import Vlm
 from rlcs.records import StopReason, rollout_seed
 from rlcs.records.trees import Tree
-
-PREFILL_TOKENS = 16384
-"""Prompt tokens prefilled in one forward pass."""
 
 
 class DecodingBatch:

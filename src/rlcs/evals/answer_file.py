@@ -5,13 +5,13 @@ unscored: it is reported with its line number and counted apart from the wrong a
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rlcs.cores import usable_cores
 from rlcs.data.values import gold_text
 from rlcs.errors import DataError
 from rlcs.evals.intervals import wilson
@@ -336,7 +336,7 @@ def grade_rows(
         return list(zip(rows, judge(rows), strict=True))
     if rule != "rlcs":
         return [(row, grade_officially(row, rule)) for row in rows]
-    workers = min(os.cpu_count() or 1, len(rows))
+    workers = min(usable_cores(), len(rows))
     with GradePool(workers=workers, deadline_s=DEADLINE_S, allow_fallbacks=allow_fallbacks) as pool:
         return list(zip(rows, grade_by_rlcs(rows, pool), strict=True))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RlcsError
+from rlcs.evals import CHUNK
 from rlcs.evals.scores import arm_scores
 from rlcs.generation import EngineSampler, SampleLog
 from rlcs.grading.reward import Grader, advice
@@ -18,9 +19,6 @@ from rlcs.records import Grade, Problem, Request, Sample, to_row
 from rlcs.signals import StopFlag
 from rlcs.storage import read_jsonl, write_json, write_jsonl
 from rlcs.train.batching import guessed_tokens, shared
-
-CHUNK = 256
-"""Problems that are answered between two writes."""
 
 
 @dataclass(frozen=True, kw_only=True)

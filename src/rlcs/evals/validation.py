@@ -8,7 +8,8 @@ from itertools import combinations
 from typing import Any
 
 from rlcs.distill.filters import overlap, shingles
-from rlcs.evals.arms import CHUNK, Evaluator, grade_samples
+from rlcs.evals import CHUNK
+from rlcs.evals.arms import Evaluator, grade_samples
 from rlcs.evals.scores import answer_lengths, mean, pass_at, with_interval
 from rlcs.grading.extraction import extract
 from rlcs.grading.reward import FormatGrader

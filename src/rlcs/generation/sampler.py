@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rlcs.engines.openai_client import EndpointClient
 from rlcs.errors import DataError, out_of_memory_in
 from rlcs.recipe.sampling import Endpoint, EngineSettings, Rollouts
 from rlcs.recipe.schema import Images, Model, Prompts
@@ -111,6 +110,8 @@ def open_sampler(
     of `images`. Raises ModelError, UserError.
     """
     if isinstance(model, Endpoint):
+        from rlcs.engines.openai_client import EndpointClient  # what reads samples asks nobody
+
         with EndpointClient(model, sampling, images) as client:
             yield client
         return

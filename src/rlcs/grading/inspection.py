@@ -7,7 +7,7 @@ from rlcs.grading.choices import chosen, without_label
 from rlcs.grading.compare import same
 from rlcs.grading.extraction import extract
 from rlcs.grading.golds import unwrap
-from rlcs.grading.reading import read, spelled
+from rlcs.grading.reading import is_plain_number, read, spelled
 from rlcs.grading.values import Expression, Letters
 from rlcs.records import option_letter
 
@@ -30,6 +30,8 @@ _SHOWN = 60
 
 def gold_fault(gold: str, choices: Sequence[str] = ()) -> str:
     """Say why no answer can match a gold answer, or "": what is seen without math-verify."""
+    if not choices and is_plain_number(gold):
+        return ""
     found = unwrap(gold)
     named = f"the gold answer {gold[:_SHOWN]!r}"
     if found.text is None:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from rlcs.cores import usable_cores
 from rlcs.errors import RecipeError, RlcsError
 from rlcs.grading.channel import VARIABLE, Channel
 from rlcs.grading.compare import Verdict
@@ -26,6 +27,7 @@ from rlcs.grading.extraction import BOXED, Extraction
 from rlcs.grading.golds import unwrap
 from rlcs.grading.inspection import formulas_of, gold_fault
 from rlcs.grading.own import KEY, problem_json
+from rlcs.grading.reading import is_plain_number
 from rlcs.grading.rewards import Undecided, grade_extracted, quick_grade
 from rlcs.patience import OwnTime, Patience
 from rlcs.records import Grade, Problem, from_row
@@ -65,7 +67,7 @@ class GradePool(AbstractContextManager["GradePool"]):
         self.deadline_s = deadline_s
         self.allow_fallbacks = allow_fallbacks
         self._function = function
-        self._size = workers or max(1, (os.cpu_count() or 1) // 2)
+        self._size = workers or max(1, usable_cores() // 2)
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._lock = threading.Lock()
@@ -100,20 +102,30 @@ class GradePool(AbstractContextManager["GradePool"]):
         Each is graded as an answer to itself, written with one more space so that it must be read; what is
         not right, or cannot be read as a formula, is named.
         """
-        different = {(problem.answer, problem.choices): problem for problem in problems}
-        faults = {gold: gold_fault(*gold) for gold in different}
-        sound = [gold for gold in different if not faults[gold]]
-        given = [Extraction(text=f"\\,{unwrap(gold).text}", why=BOXED) for gold, _ in sound]
-        itself = self.settle(
-            [grade_extracted(different[g], text) for g, text in zip(sound, given, strict=True)]
-        )
-        read = self._decide(pair for gold in sound for pair in formulas_of(*gold))
-        for gold, grade in zip(sound, itself, strict=True):
-            parts = [read[pair] for pair in formulas_of(*gold)]
-            whys = [p.why if p.correct is None else "it is not a formula" for p in parts if not p.correct]
+        seen = set[Gold]()
+        faults = dict[Gold, str]()
+        doubtful = dict[Gold, tuple[Grade | Undecided, list[Pair]]]()
+        for problem in problems:  # one gold at a time: what was read of it is still in the cache
+            gold = problem.answer, problem.choices
+            if gold in seen or (not problem.choices and is_plain_number(problem.answer)):
+                continue
+            seen.add(gold)
+            if fault := gold_fault(*gold):
+                faults[gold] = fault
+                continue
+            spaced = Extraction(text=f"\\,{unwrap(problem.answer).text}", why=BOXED)
+            itself, parts = grade_extracted(problem, spaced), formulas_of(*gold)
+            if parts or isinstance(itself, Undecided) or not itself.correct:
+                doubtful[gold] = itself, parts
+        grades = self.settle([itself for itself, _ in doubtful.values()])
+        read = self._decide(pair for _, parts in doubtful.values() for pair in parts)
+        for (gold, (_, parts)), grade in zip(doubtful.items(), grades, strict=True):
+            wrong = [read[pair] for pair in parts if not read[pair].correct]
+            whys = [each.why if each.correct is None else "it is not a formula" for each in wrong]
             whys += [] if grade.correct else [grade.why]
-            faults[gold] = f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}" if whys else ""
-        return {gold: fault for gold, fault in faults.items() if fault}
+            if whys:
+                faults[gold] = f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}"
+        return faults
 
     def _decide(self, pairs: Iterable[Pair]) -> dict[Pair, Grade]:
         """Let the workers grade each different pair."""

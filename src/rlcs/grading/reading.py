@@ -8,6 +8,7 @@ becomes an expression without a tree, which only math-verify can compare.
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise, takewhile
 
@@ -28,7 +29,7 @@ from rlcs.grading.tokens import (
     spoken,
     tokenise,
 )
-from rlcs.grading.tree import MINUS_ONE, Node, Product, symbols
+from rlcs.grading.tree import MINUS_ONE, Node, Num, Product, symbols
 from rlcs.grading.values import (
     Based,
     Dated,
@@ -37,6 +38,7 @@ from rlcs.grading.values import (
     Letters,
     Matrix,
     Named,
+    Number,
     Piece,
     Ratio,
     Region,
@@ -74,10 +76,16 @@ _NO_NAME = re.compile(r"[-+,!%°^\d]|\\(?:cdot|sqrt|pm)(?![A-Za-z])")
 _BEARING = re.compile(r"([NS]) ?(\d[\d.]*) ?°? ?([EW])")  # S 23.5° W
 _MAX_BASED = 240
 """Most characters of a number with its base."""
+_PLAIN_NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
 _LETTERS = re.compile("[A-H]+|[①-⑳]+")
 _IN_BASE = re.compile(
     r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
 )
+
+
+def is_plain_number(text: str) -> bool:
+    """Whether a text is a decimal number as everybody writes it: `-12.50`, nothing else around it."""
+    return _PLAIN_NUMBER.fullmatch(text) is not None
 
 
 def read(text: str) -> Value:
@@ -89,6 +97,13 @@ def read(text: str) -> Value:
 
 @lru_cache(maxsize=4096)
 def _read(text: str) -> Value:
+    if is_plain_number(text):  # most answers, and the slow way through tokens makes the same of them
+        number = Fraction(text)
+        return Number(source=text, tree=Num(number), value=number)
+    return _read_tokens(text)
+
+
+def _read_tokens(text: str) -> Value:
     tokens = _without_parameter(_peeled(_strip(tokenise(text))))
     if len(tokens) > MAX_TOKENS or depth_of(tokens) > MAX_DEPTH:
         return Text(source=latex(tokens), words=plain_words(text))

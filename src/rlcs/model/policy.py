@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlcs.model import attention
+from rlcs.model.chunks import LOGIT_CHUNK
 from rlcs.model.experts import Routing, load_balance, replay
 from rlcs.model.image_features import image_inputs
 from rlcs.model.linear_logprobs import linear_logprobs
 from rlcs.model.packing import Pack
 from rlcs.model.vlm import Vlm
-
-LOGIT_CHUNK = 1 << 26
-"""Logits (elements) held at once: 64 Mi, 256 MiB in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

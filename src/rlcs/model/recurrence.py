@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rlcs.model.chunks import DELTA_CHUNK
 from rlcs.model.delta_rule import Step, by_chunk
 from rlcs.model.layout import Layout
 
@@ -30,10 +31,6 @@ class Recurrence(Protocol):
     def recur(self, layer: int, inputs: Sequence[Tensor]) -> Tensor:
         """Outputs (L, H, value size) of the delta rule (see `model.delta_rule`) for its inputs (L, ...)."""
         ...
-
-
-CHUNK = 32
-"""Tokens of a chunk of the delta rule: more are slower on a CPU, and short branches are padded to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ class PathRecurrence:
     """
 
     def __init__(
-        self, layout: Layout, device: torch.device, *, chunk: int = CHUNK, wanted: Sequence[int] = ()
+        self, layout: Layout, device: torch.device, *, chunk: int = DELTA_CHUNK, wanted: Sequence[int] = ()
     ) -> None:
         """Nothing is computed before the first recurrent layer: most models have none.
 

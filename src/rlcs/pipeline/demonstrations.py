@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlcs import distill
 from rlcs.data.rows import Row
+from rlcs.distill.run import run as distill
 from rlcs.errors import RlcsError
 from rlcs.progress import Output
 from rlcs.recipe.schema import Recipe
@@ -22,7 +22,7 @@ def make_demonstrations(
         verify_done(folder, {})
         return
     with output.screen("cold start", sum(row.response is None for row in rows)) as view:
-        kept = distill.run(
+        kept = distill(
             rows, recipe.teacher, folder=folder, seed=recipe.seed, images=recipe.images, view=view, stop=stop
         )
     # Without a marker the same command samples the missing answers.

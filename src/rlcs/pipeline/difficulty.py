@@ -13,7 +13,8 @@ from rlcs.data.good_rows import require_new_file, write_rows
 from rlcs.data.loading import load, require_usable
 from rlcs.distributed import ALONE
 from rlcs.engines.factory import open_engines
-from rlcs.evals.arms import CHUNK, Evaluator, grade_samples
+from rlcs.evals import CHUNK
+from rlcs.evals.arms import Evaluator, grade_samples
 from rlcs.evals.intervals import wilson
 from rlcs.evals.scores import mean, pass_at, with_interval
 from rlcs.generation import EngineSampler, SampleLog

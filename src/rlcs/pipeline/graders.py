@@ -1,10 +1,10 @@
 """Opens the graders of a run's reward, with its judge on one rank."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from rlcs.cores import usable_cores
 from rlcs.distributed import World
 from rlcs.generation.judge import Judge, JudgeOfRanks, open_judge
 from rlcs.grading.reward import WeightedSum, open_reward
@@ -21,7 +21,7 @@ def open_graders(
     count towards the judge's `max_requests`. The ranks of a machine share its grader processes, one each at
     least.
     """
-    workers = reward.workers or max(1, (os.cpu_count() or 1) // 2)
+    workers = reward.workers or max(1, usable_cores() // 2)
     reward = reward.model_copy(update={"workers": max(1, workers // world.local_size)})
     names = list(reward.weights)[: 1 if only_correct else None]
     with ExitStack() as stack:

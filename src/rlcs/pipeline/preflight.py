@@ -4,7 +4,6 @@ Only what is still to come is tried. Nothing is written into the run's stages, a
 as they were: results do not depend on the trial.
 """
 
-import os
 import resource
 import shlex
 import socket
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from rlcs.cores import usable_cores
 from rlcs.data.run_data import RunData
 from rlcs.distill.teachers import open_teacher
 from rlcs.distributed import ALONE, World, visible_gpus
@@ -37,7 +37,6 @@ from rlcs.recipe.schema import Model, Recipe
 from rlcs.records import Problem, Prompt, Request, Sample
 from rlcs.signals import StopFlag
 from rlcs.storage import is_done
-from rlcs.train import sft
 from rlcs.train.state import capture_rng, restore_rng
 from rlcs.train.trackers import try_trackers
 
@@ -197,7 +196,7 @@ class Preflight:
             needed += recipe.rollout.concurrency * (len(recipe.rollout.urls) or recipe.rollout.servers)
         needed += recipe.teacher.concurrency if self._remaining.asks_teacher else 0
         needed += recipe.grpo.reward.judge.concurrency if "judge" in recipe.grpo.reward.weights else 0
-        needed += 4 * (recipe.grpo.reward.workers or os.cpu_count() or 1) * len(recipe.grpo.reward.weights)
+        needed += 4 * (recipe.grpo.reward.workers or usable_cores()) * len(recipe.grpo.reward.weights)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft == resource.RLIM_INFINITY or soft >= needed:
             return ()
@@ -218,7 +217,7 @@ class Preflight:
         demonstrations = len(self._data.cold_start) * max(1, recipe.teacher.max_kept)
         for name in self._remaining.train:
             settings = recipe.sft if name == "sft" else recipe.grpo
-            steps = sft.steps_of(recipe.sft, demonstrations) if name == "sft" else recipe.grpo.steps
+            steps = recipe.sft.num_steps(demonstrations) if name == "sft" else recipe.grpo.steps
             vlm = loading.load(recipe.learner, weights=False)
             vlm = loading.prepare(vlm, recipe.lora, settings.freeze, seed=recipe.seed)
             if not any(parameter.requires_grad for parameter in vlm.model.parameters()):

@@ -1,9 +1,9 @@
 """What `rlcs data check` finds in a data source, and in all sources of a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlcs.data.check import option_notes, unmatchable
+from rlcs.data.check import kinds_of_golds, option_notes, unmatchable
 from rlcs.data.given import grade_given, sentences, unanswerable, why_left_out
 from rlcs.data.loading import load, require_usable
 from rlcs.data.rows import BadRow, Row
@@ -31,6 +31,8 @@ class SourceCheck:
     good: tuple[Row, ...]
     bad: tuple[BadRow, ...]
     notes: tuple[str, ...]
+    kinds: Mapping[str, Sequence[Problem]]
+    """The good rows by what their gold answers are read as, the most frequent kind first."""
     refusal: str = ""
 
 
@@ -72,7 +74,14 @@ def check_source(source: str, role: Role, recipe: Recipe, *, for_run: bool) -> S
     notes += option_notes(row.problem for row in good)
     notes += _batch_notes(role, len(good), recipe) if for_run else _length_notes(good, recipe)
     return SourceCheck(
-        role=role, source=source, rows=rows, good=good, bad=_once(bad), notes=tuple(notes), refusal=refusal
+        role=role,
+        source=source,
+        rows=rows,
+        good=good,
+        bad=_once(bad),
+        notes=tuple(notes),
+        kinds=kinds_of_golds(row.problem for row in good),
+        refusal=refusal,
     )
 
 

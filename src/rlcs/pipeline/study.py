@@ -13,15 +13,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rlcs import distill, report
+from rlcs import report
 from rlcs.data.problem_store import ProblemStore
 from rlcs.data.run_data import RunData
+from rlcs.distill.run import load_kept
 from rlcs.distributed import ALONE, World
 from rlcs.engines.base import Engine
 from rlcs.engines.factory import EngineNeeds, MakeEngine, open_engines
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import out_of_memory_in
-from rlcs.evals.arms import CHUNK, Evaluator, evaluate
+from rlcs.evals import CHUNK
+from rlcs.evals.arms import Evaluator, evaluate
 from rlcs.evals.validation import validate
 from rlcs.generation import EngineSampler
 from rlcs.grading.reward import Grader
@@ -200,7 +202,7 @@ class Study:
 
     def _demonstrations(self) -> Sequence[Demonstration]:
         """What is learnt of the cold start: all that was kept, or so many."""
-        kept = distill.load_kept(self._data.cold_start, self.folder / "cold_start")
+        kept = load_kept(self._data.cold_start, self.folder / "cold_start")
         most = self.recipe.data.max_demonstrations
         return kept if most is None else subset(kept, most, self.recipe.seed)
 
@@ -308,7 +310,7 @@ class Study:
                 demonstrations, held = sft.hold_out(demonstrations, self.recipe.validation.demonstrations)
                 loss = partial(sft.loss_on, held, vlm, chat, settings)
                 run.validation = self._validation(every, engine, chat, grader, loss=loss)
-            steps = sft.steps_of(settings, len(demonstrations))
+            steps = settings.num_steps(len(demonstrations))
             view = stack.enter_context(self._output.screen("sft", steps))
             sft.train(vlm, chat, demonstrations, settings, run=run, screen=view, stop=self._stop)
 

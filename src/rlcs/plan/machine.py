@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt
 
+from rlcs.cores import usable_cores
 from rlcs.data.sources import suggest
 from rlcs.errors import UserError
 from rlcs.recipe.section import Positive, Section
@@ -126,7 +127,7 @@ def machine(gpus: int, gpu: str, *, memory: float | None, peak: float) -> Machin
 
 
 def _this_cpu() -> Device:
-    peak = CPU_CORE * (os.cpu_count() or 1)
+    peak = CPU_CORE * usable_cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return Device(
         name="CPU",

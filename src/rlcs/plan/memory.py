@@ -9,8 +9,7 @@ key-value width, e bytes of an activation.
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from rlcs.model.policy import LOGIT_CHUNK
-from rlcs.model.recurrence import CHUNK
+from rlcs.model.chunks import DELTA_CHUNK, LOGIT_CHUNK
 from rlcs.plan.layers import Attention, DeltaNet, Layer
 from rlcs.plan.machine import FP32
 from rlcs.plan.shapes import Sizes
@@ -127,7 +126,7 @@ def _delta_net(mixer: DeltaNet, e: int) -> int:
     """
     together, repeated = 2 * mixer.keys + mixer.values, mixer.heads * mixer.key_size
     tokens = 4 * mixer.keys + 4 * mixer.values + 3 * repeated
-    chunks = 4 * CHUNK * mixer.heads + mixer.state / CHUNK
+    chunks = 4 * DELTA_CHUNK * mixer.heads + mixer.state / DELTA_CHUNK
     around = 3 * together * e + mixer.values * (3 * FP32 + 3 * e)
     return int(around + FP32 * (tokens + chunks))
 
@@ -149,7 +148,7 @@ def vision_block(tower: Tower, how: Passing) -> int:
 
 def token_keeps(sizes: Sizes, how: Passing) -> int:
     """Bytes that all layers of the language model and its last norm keep for each token."""
-    hidden, e = sizes.text.hidden_size, how.element
+    hidden, e = sizes.hidden, how.element
     kept = 0
     for layer, count in sizes.layers.items():
         a_layer = hidden * e if how.checkpointing else language_layer(layer, hidden, how)
@@ -161,12 +160,12 @@ def token_keeps(sizes: Sizes, how: Passing) -> int:
 
 def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
     """Bytes of activations of one pack on one device."""
-    text, vision, e = sizes.text, sizes.vision, how.element
+    hidden, vision, e = sizes.hidden, sizes.vision, how.element
     tower = "vision_tower" in how.trains
     merger = tower or "merger" in how.trains
     block = vision_block(vision, how)
     kept = load.tokens * token_keeps(sizes, how)
-    kept += load.targets * text.hidden_size * e
+    kept += load.targets * hidden * e
     if merger:
         exact = FP32 if vision.rms and tower else 0  # the norm's input, for its gradient
         kept += load.patches // vision.merge**2 * vision.features * (exact + 4 * e)
@@ -174,7 +173,7 @@ def activations(sizes: Sizes, load: Load, how: Passing) -> Activations:
         kept += load.patches * (
             vision.depth * (vision.hidden * e if how.checkpointing else block) + vision.pixels * e
         )
-    working = max(_layer_in_passing(layer, text.hidden_size, load.tokens, how) for layer in sizes.layers)
+    working = max(_layer_in_passing(layer, hidden, load.tokens, how) for layer in sizes.layers)
     if tower:
         in_block = load.patches * _in_passing(vision.hidden, vision.intermediate, block, how)
         working = max(working, in_block)
@@ -195,7 +194,7 @@ def _in_passing(hidden: int, intermediate: int, layer: int, how: Passing) -> int
 
 def _head(sizes: Sizes, load: Load, how: Passing) -> int:
     """Bytes of one chunk of logits: three fp32 tensors of its size, and the chunk's gradient of the head."""
-    vocabulary = sizes.text.vocab_size
+    vocabulary = sizes.vocabulary
     rows = min(load.targets, max(1, LOGIT_CHUNK // vocabulary))
     trains = "language_model" in how.trains and not how.adapters
     return int(vocabulary * 3 * FP32 * rows + (sizes.head * how.element if trains else 0))

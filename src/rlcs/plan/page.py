@@ -13,7 +13,8 @@ from rlcs.plan.machine import GIB, Assumed, Machine
 from rlcs.plan.measured import Rates
 from rlcs.plan.planner import Inputs, MemoryPlan, StagePlan, answer_seconds
 from rlcs.plan.rates import Speeds, device_warning, least_certain, speeds_of
-from rlcs.plan.shapes import Sizes, sizes_of
+from rlcs.plan.shapes import Sizes
+from rlcs.plan.sizes import sizes_of
 from rlcs.plan.stages import placed, plan_stages
 from rlcs.plan.startup import start_time
 from rlcs.plan.step_time import StepTime

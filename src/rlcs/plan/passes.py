@@ -12,7 +12,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
-from rlcs.model.packing import balanced, within_budget
+from rlcs.model.bins import balanced, within_budget
 from rlcs.plan.machine import GIB
 from rlcs.plan.placement import Placement
 from rlcs.plan.rates import LINK, NETWORK, NODE, Speeds

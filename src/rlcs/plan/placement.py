@@ -4,12 +4,11 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from rlcs.distributed import ranks_per_copy
 from rlcs.errors import UserError
 from rlcs.plan.machine import FP32, Machine
 from rlcs.plan.memory import Units
 from rlcs.plan.shapes import Sizes
-from rlcs.recipe.execution import Lora, Parallel
+from rlcs.recipe.execution import Lora, Parallel, ranks_per_copy
 from rlcs.recipe.sampling import Rollouts
 from rlcs.recipe.schema import Model
 from rlcs.recipe.section import FrozenPart, Part
@@ -156,7 +155,7 @@ def stored(place: Placement, frozen: Collection[FrozenPart], *, reference: bool)
     trained = place.trained_numbers(frozen)
     weights = float(sizes.total * place.weight)
     if lora.four_bit:
-        packed = sum(x.inputs * x.outputs for x in sizes.linears if x.part == "language_model")
+        packed = sum(n * x.inputs * x.outputs for x, n in sizes.linears.items() if x.part == "language_model")
         weights -= packed * (place.weight - FOUR_BITS)
     learns = (FP32 if lora.rank else place.weight) * trained
     whole = {
@@ -174,10 +173,8 @@ def stored(place: Placement, frozen: Collection[FrozenPart], *, reference: bool)
 
 def adapter_parameters(lora: Lora, trains: Collection[Part], sizes: Sizes) -> int:
     """The numbers in the adapters of the parts that train."""
-    chosen = [x for x in sizes.linears if x.part in trains]
-    if lora.targets:
-        chosen = [x for x in chosen if x.name.rpartition(".")[2] in lora.targets]
-    return lora.rank * sum(x.inputs + x.outputs for x in chosen)
+    chosen = [x for x in sizes.linears if x.part in trains and (not lora.targets or x.name in lora.targets)]
+    return lora.rank * sum(sizes.linears[x] * (x.inputs + x.outputs) for x in chosen)
 
 
 def units_of(place: Placement, frozen: Collection[FrozenPart]) -> Units:

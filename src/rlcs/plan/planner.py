@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rlcs.evals.arms import CHUNK
+from rlcs.evals import CHUNK
 from rlcs.plan.lengths import group_lengths
 from rlcs.plan.machine import GIB, Assumed
 from rlcs.plan.memory import Load, Passing, activations, update_peak
@@ -23,7 +23,6 @@ from rlcs.plan.towers import Tower
 from rlcs.plan.work import Trees, language, vision
 from rlcs.recipe.schema import Eval, Images, Prompts
 from rlcs.recipe.stages import Grpo, Sft
-from rlcs.train.sft import steps_of
 
 LIBRARIES = 3 * GIB // 2
 """Bytes of a process without any model: the GPU's context and kernels, or Python with its libraries."""
@@ -109,7 +108,7 @@ def plan_training(
         steps: int | None = stage.steps
     else:
         count, group, lowest = stage.batch_size, 1, None
-        steps = steps_of(stage, assumed.demonstrations) if assumed.demonstrations else None
+        steps = stage.num_steps(assumed.demonstrations) if assumed.demonstrations else None
     tower, device = placed.sizes.vision, placed.machine.device
     largest = largest_tree(images, tower, prompt=prompt.max_tokens, group=group, answer=longest_answer)
     trees = expected_trees(largest, tower, assumed, count=count, lowest=lowest or images.min_pixels)

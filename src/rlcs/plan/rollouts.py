@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlcs.engines.decoding import PREFILL_TOKENS
+from rlcs.model.chunks import PREFILL_TOKENS
 from rlcs.plan.decoding import StepCost, decode
 from rlcs.plan.layers import Attention
 from rlcs.plan.machine import GIB
@@ -30,7 +30,7 @@ def rollout_bytes(place: Placement, largest: Trees, *, prompts: int, top_p: floa
 
     The local engine's cache grows by copying, so it counts twice; a sharded model is gathered to sample.
     """
-    sizes, text, rollout = place.sizes, place.sizes.text, place.rollout
+    sizes, rollout = place.sizes, place.rollout
     if rollout.engine != "local":
         engines = 1 if rollout.engine == "vllm_colocated" else servers_beside(place)
         return engines * (rollout.share or VLLM_SHARE) * place.machine.device.memory * GIB
@@ -38,12 +38,12 @@ def rollout_bytes(place: Placement, largest: Trees, *, prompts: int, top_p: floa
     tokens = prompts * largest.trunk + rows * largest.answer
     kept, e = sizes.cache, place.compute
     cache = 2 * (kept.token_bytes(e) * tokens + kept.row_bytes(e) * (prompts + rows))
-    choosing = rows * text.vocab_size * (SAMPLING if top_p == 1 else SAMPLING_TOP_P)
+    choosing = rows * sizes.vocabulary * (SAMPLING if top_p == 1 else SAMPLING_TOP_P)
     prefill = min(max(PREFILL_TOKENS, largest.trunk), prompts * largest.trunk)
     patches = prefill * largest.patches // largest.trunk
     tower = patches * (sizes.vision.intermediate + sizes.vision.hidden)
     widest = max(layer.intermediate for layer in sizes.layers)
-    passing = 3 * place.compute * max(prefill * (widest + text.hidden_size), tower)
+    passing = 3 * place.compute * max(prefill * (widest + sizes.hidden), tower)
     whole = sizes.total * place.compute if place.sharded else 0
     return float(cache + max(choosing, passing) + whole)
 

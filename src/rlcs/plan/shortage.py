@@ -6,13 +6,14 @@ from contextlib import suppress
 from operator import attrgetter
 
 from rlcs.errors import RecipeError
-from rlcs.evals.arms import CHUNK
+from rlcs.evals import CHUNK
 from rlcs.plan.advice import possible_changes
 from rlcs.plan.machine import GIB, Assumed, Machine
 from rlcs.plan.memory import Passing, language_layer, token_keeps
 from rlcs.plan.placement import Placement
 from rlcs.plan.planner import Inputs, MemoryPlan, with_overhead
-from rlcs.plan.shapes import Sizes, sizes_of
+from rlcs.plan.shapes import Sizes
+from rlcs.plan.sizes import sizes_of
 from rlcs.plan.stages import placed, plan_stages
 from rlcs.recipe.arms import RL_ARMS
 from rlcs.recipe.loading import changed
@@ -136,13 +137,13 @@ def _arithmetic(key: str, work: str, recipe: Recipe, learner: Placement) -> str:
         adapters=learner.lora.rank > 0,
         experts="experts" not in stage.freeze,
     )
-    text, a_token = learner.sizes.text, token_keeps(learner.sizes, how)
+    hidden, a_token = learner.sizes.hidden, token_keeps(learner.sizes, how)
     if name == "pack_tokens":
         kept = f"{stage.pack_tokens:,} tokens x {a_token:,} bytes = {_size(stage.pack_tokens * a_token)}"
         return f"the language model keeps {kept}"
     if name == "gradient_checkpointing":
-        input_, layers = text.hidden_size * learner.compute, learner.sizes.layers
-        whole = sum(n * language_layer(layer, text.hidden_size, how) for layer, n in layers.items())
+        input_, layers = hidden * learner.compute, learner.sizes.layers
+        whole = sum(n * language_layer(layer, hidden, how) for layer, n in layers.items())
         mean, count = whole // layers.total(), layers.total()
         return f"a token keeps {input_:,} bytes in each of {count} layers, not {mean:,}"
     if name in ("max_new_tokens", "group_size"):

@@ -12,7 +12,8 @@ from rlcs.plan.planner import (
     plan_measurement,
     plan_training,
 )
-from rlcs.plan.shapes import Sizes, sizes_of
+from rlcs.plan.shapes import Sizes
+from rlcs.plan.sizes import sizes_of
 from rlcs.plan.step_time import StepTime
 from rlcs.recipe.arms import RL_ARMS, stages_behind
 from rlcs.recipe.schema import Recipe

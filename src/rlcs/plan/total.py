@@ -13,7 +13,6 @@ from rlcs.plan.rates import Basis
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, stages_behind
 from rlcs.recipe.handover import MOST_CANDIDATES
 from rlcs.recipe.schema import Recipe, Teacher
-from rlcs.train.sft import steps_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +174,7 @@ def _sft(recipe: Recipe, rows: Rows, assumed: Assumed, step: float, answers: Map
     shown = demonstrations_of(recipe, rows, assumed)
     if shown.count is None:
         return Item(name=ARMS["sft"].stage, hours=None, note="say how many: --assume demonstrations=N")
-    steps = steps_of(recipe.sft, shown.count)
+    steps = recipe.sft.num_steps(shown.count)
     checks = _validations(recipe, recipe.validation.sft_every, steps, answers)
     note = f"{steps:,} steps (computed) of {_count(shown, 'demonstrations')}"
     return Item(name=ARMS["sft"].stage, hours=(steps * step + checks) / 3600, note=note)

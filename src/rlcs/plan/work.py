@@ -7,7 +7,7 @@ P + G R tokens; a trainer that repeats the prompt gives it G (P + R), and the vi
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlcs.model.recurrence import CHUNK
+from rlcs.model.chunks import DELTA_CHUNK
 from rlcs.plan.layers import Attention, Mixer
 from rlcs.plan.shapes import Sizes
 from rlcs.plan.towers import Tower
@@ -48,7 +48,7 @@ def between_tokens(mixer: Mixer, trunk: int, lengths: Sequence[int]) -> float:
         pairs = seen + sum(_seen(trunk + length, mixer.window) - seen for length in lengths)
         return 4.0 * mixer.queries * pairs
     # Products of pairs of keys and queries; of their inverse, and of both with values; then with the state.
-    pairs = 4 * CHUNK * mixer.keys + mixer.heads * CHUNK**2 + 4 * CHUNK * mixer.values
+    pairs = 4 * DELTA_CHUNK * mixer.keys + mixer.heads * DELTA_CHUNK**2 + 4 * DELTA_CHUNK * mixer.values
     convolution = 2 * mixer.kernel * (2 * mixer.keys + mixer.values)
     return float((pairs + 6 * mixer.state + convolution) * (trunk + sum(lengths)))
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from rlcs.errors import UserError
 from rlcs.recipe.section import Part, Positive, Seconds, Section, Whole
 
 
@@ -67,3 +68,19 @@ class Trackers(Section):
     """A project of trackio, kept on this machine (`pip install trackio`)."""
     wandb: str | None = None
     """A project of Weights & Biases (`pip install wandb`); `WANDB_MODE=offline` works."""
+
+
+def ranks_per_copy(size: int, shard_size: int | None) -> int | None:
+    """The number of ranks that share one copy of a model; None: all `size` of them.
+
+    Raises UserError when `shard_size` does not divide `size`.
+    """
+    if shard_size is None or shard_size >= size:
+        return None
+    if size % shard_size:
+        raise UserError(
+            f"{size} ranks cannot be divided into groups of {shard_size}",
+            where="parallel.shard_size",
+            fix="choose the number of GPUs of one node, which divides that of all; or leave the key out",
+        )
+    return shard_size

@@ -1,6 +1,7 @@
 """The recipe's sections of the two training stages: SFT and GRPO, with their optimisers, loss and reward."""
 
 from collections.abc import Collection, Mapping
+from math import ceil
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -102,6 +103,10 @@ class Sft(Stage):
     def rule(self) -> Rule:
         """The rule by which the model is chosen that the stage ends with."""
         return self.handover.rule
+
+    def num_steps(self, count: int) -> int:
+        """The number of optimiser steps of a whole stage over `count` demonstrations."""
+        return max(1, ceil(self.epochs * count / self.batch_size))
 
 
 class Kl(Section):

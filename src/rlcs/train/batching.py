@@ -16,8 +16,9 @@ from PIL import Image
 
 from rlcs.data.images import encode, image_from_bytes
 from rlcs.distributed import World
+from rlcs.model.bins import balanced, within_budget
 from rlcs.model.chat import Chat
-from rlcs.model.packing import Pack, balanced, pack, within_budget
+from rlcs.model.packing import Pack, pack
 from rlcs.records import ImageRef, Problem
 from rlcs.records.trees import Tree
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from rlcs.data.images import encode, image_from_bytes
 from rlcs.model import attention
 from rlcs.model.chat import Chat
+from rlcs.model.chunks import LOGIT_CHUNK
 from rlcs.model.image_features import image_inputs
 from rlcs.model.packing import Pack, pack
-from rlcs.model.policy import LOGIT_CHUNK, hidden_states
+from rlcs.model.policy import hidden_states
 from rlcs.model.vlm import Vlm
 from rlcs.records import Prompt
 from rlcs.records.trees import Tree

@@ -6,7 +6,6 @@ else carries loss.
 """
 
 import logging
-import math
 from collections.abc import Sequence
 
 from rlcs.data.stream import ProblemStream
@@ -41,11 +40,6 @@ def tree_of(demonstration: Demonstration, chat: Chat, *, turns: Turns = "all") -
     for start, end in prompt.replies:
         weights[start:end] = [1.0] * (end - start)
     return Tree(prompt=prompt, branches=(branch,), trunk_weights=tuple(weights))
-
-
-def steps_of(settings: Sft, count: int) -> int:
-    """The number of optimiser steps of a whole stage over `count` demonstrations."""
-    return max(1, math.ceil(settings.epochs * count / settings.batch_size))
 
 
 def hold_out(
@@ -83,7 +77,7 @@ def train(
     stop: StopFlag,
 ) -> None:
     """Train from the newest checkpoint of the run, if there is one; `run` saves the trained model."""
-    steps = steps_of(settings, len(demonstrations))
+    steps = settings.num_steps(len(demonstrations))
     trainer = Trainer(vlm, settings.optimizer, steps=steps, max_bad_steps=settings.max_bad_steps)
     stream = ProblemStream(demonstrations, seed=run.seed)
     objective = make_objective(settings.loss_average)

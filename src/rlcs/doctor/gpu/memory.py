@@ -10,7 +10,7 @@ from rlcs.doctor.gpu.models import configuration, make_chat, random_tree, random
 from rlcs.model.loading import default_device
 from rlcs.model.packing import pack
 from rlcs.plan.memory import Load, Passing, activations, update_peak
-from rlcs.plan.shapes import measure
+from rlcs.plan.skeleton import measure
 from rlcs.recipe.stages import Grpo, Optimizer
 from rlcs.train.learning import make_objective
 from rlcs.train.trainer import Batch, Trainer

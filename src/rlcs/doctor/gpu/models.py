@@ -20,7 +20,8 @@ from rlcs.doctor.gpu import Setting
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
-from rlcs.plan.shapes import Sizes, published
+from rlcs.plan.shapes import Sizes
+from rlcs.plan.skeleton import published
 from rlcs.plan.work import language, vision
 from rlcs.recipe.schema import Images, Model, Prompts
 from rlcs.records import ImageRef, Problem

@@ -28,7 +28,8 @@ from rlcs.model.loading import default_device
 from rlcs.model.packing import Pack, pack
 from rlcs.model.policy import score
 from rlcs.model.vlm import Vlm
-from rlcs.plan.shapes import Sizes, measure
+from rlcs.plan.shapes import Sizes
+from rlcs.plan.skeleton import measure
 from rlcs.records.trees import Tree
 
 _SHARE_OF_MEMORY = 0.6

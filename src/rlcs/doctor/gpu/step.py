@@ -24,7 +24,7 @@ from rlcs.model import loading
 from rlcs.model.fsdp import reference_dtype
 from rlcs.pipeline.graders import open_graders
 from rlcs.pipeline.study import engine_needs
-from rlcs.plan.shapes import measure
+from rlcs.plan.skeleton import measure
 from rlcs.progress import screen
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.schema import Recipe

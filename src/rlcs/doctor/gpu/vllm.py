@@ -34,7 +34,7 @@ from rlcs.model.loading import default_device
 from rlcs.model.packing import pack
 from rlcs.model.policy import hidden_states
 from rlcs.model.vlm import Vlm
-from rlcs.plan.shapes import measure
+from rlcs.plan.skeleton import measure
 from rlcs.recipe.sampling import Rollouts
 from rlcs.records import Prompt, Rollout
 from rlcs.records.trees import Branch, Tree
