@@ -156,6 +156,8 @@ OPTIONS_OF_OTHERS = {
     "--width": "python -m bench.adapters, python -m bench.loading",
     "--vllm": "python -m bench.adapters",
     "--cpu-time": "python -m bench",
+    "--work": "python -m bench",
+    "--write-docs": "python -m bench",
     "--logdir": "tensorboard",
 }
 """Options in the text that are not of rlcs, and whose they are."""

@@ -5,14 +5,16 @@ and compares. How often each gives the known verdict stands beside the seconds.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import count
 
 from math_verify import parse, verify
 
-from bench.pairs import Options, Pair, in_turns, row
+from bench.pairs import Options, in_turns, row
 from bench.table import Row
 from rlcs.grading.pool import GradePool
 from rlcs.records import Problem
@@ -31,32 +33,41 @@ class Answer:
 
 def rows(options: Options) -> list[Row]:
     """One row a peer."""
-    answers = made_answers(ANSWERS)
+    numbers = count()
     with GradePool() as pool:
-        ours = partial(by_rlcs, pool, answers)
-        agreed = agreement(ours(), answers)
-        return [_row(name, side, ours, answers, agreed, options) for name, side in peers().items()]
+        return [_row(name, partial(by_rlcs, pool), side, numbers, options) for name, side in peers().items()]
 
 
-def _row(
-    name: str,
-    side: Callable[[Sequence[Answer]], list[bool]],
-    ours: Callable[[], list[bool]],
-    answers: Sequence[Answer],
-    agreed: float,
-    options: Options,
-) -> Row:
-    theirs = partial(side, answers)
-    peer_agreed = agreement(theirs(), answers)
-    pair: Pair = in_turns(ours, theirs, rounds=options.rounds, clock=options.clock)
+Side = Callable[[Sequence[Answer]], list[bool]]
+"""Gives verdicts."""
+
+
+def _row(name: str, ours: Side, theirs: Side, numbers: Iterator[int], options: Options) -> Row:
+    """`numbers` are of lists that no side has seen: what was read once is remembered by some."""
+    lists = [made_answers(ANSWERS, next(numbers)) for _ in range(options.rounds)]
+    mine, others = iter(lists), iter(lists)
+    agreed: dict[str, list[float]] = {"ours": [], "theirs": []}
+
+    def grade(side: Side, left: Iterator[list[Answer]], name: str) -> None:
+        answers = next(left)
+        agreed[name].append(agreement(side(answers), answers))
+
+    for side in (ours, theirs):
+        side(made_answers(ANSWERS, next(numbers))[: len(FORMS)])  # what is set up at first use
+    pair = in_turns(
+        partial(grade, ours, mine, "ours"),
+        partial(grade, theirs, others, "theirs"),
+        rounds=options.rounds,
+        clock=options.clock,
+    )
     return row(
         work="grading",
-        shape=f"{len(answers):,} answers",
+        shape=f"{ANSWERS:,} answers",
         phase="grade",
         peer=f"{name} {version(name)}",
         pair=pair,
-        right_verdicts=f"{agreed:.1%}",
-        peer_right_verdicts=f"{peer_agreed:.1%}",
+        right_verdicts=f"{statistics.mean(agreed['ours']):.1%}",
+        peer_right_verdicts=f"{statistics.mean(agreed['theirs']):.1%}",
     )
 
 
@@ -123,9 +134,13 @@ FORMS: tuple[tuple[str, str, bool], ...] = (
 """Gold answers and what is in the box, with numbers to fill in, and whether that is right."""
 
 
-def made_answers(count: int) -> list[Answer]:
-    """So many answers, the same each time: forms in turn, with other numbers each time around."""
-    return [_made(*FORMS[number % len(FORMS)], number // len(FORMS)) for number in range(count)]
+def made_answers(size: int, number: int = 0) -> list[Answer]:
+    """So many answers, the same each time: forms in turn, with other numbers each time around.
+
+    Lists of another `number` have other numbers in them.
+    """
+    first = number * -(-size // len(FORMS))
+    return [_made(*FORMS[index % len(FORMS)], first + index // len(FORMS)) for index in range(size)]
 
 
 def _made(gold: str, boxed: str, right: bool, turn: int) -> Answer:
