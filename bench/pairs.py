@@ -40,7 +40,7 @@ def cpu_seconds(root: int | None = None) -> float:
     """CPU seconds of a process (this one by default) and of all that it has started."""
     process = psutil.Process(root)
     family = [process, *process.children(recursive=True)]
-    return sum(times.user + times.system for times in map(_times, family) if times)
+    return float(sum(times.user + times.system for times in map(_times, family) if times))
 
 
 def _times(process: psutil.Process) -> Any:

@@ -71,10 +71,10 @@ def _row(name: str, ours: Side, theirs: Side, numbers: Iterator[int], options: O
     )
 
 
-def peers() -> dict[str, Callable[[Sequence[Answer]], list[bool]]]:
+def peers() -> dict[str, Side]:
     """The peers that are installed, by package."""
-    mathruler = {"mathruler": by_mathruler} if importlib.util.find_spec("mathruler") else {}
-    return {"math-verify": by_math_verify} | mathruler
+    known: dict[str, Side] = {"math-verify": by_math_verify, "mathruler": by_mathruler}
+    return {name: side for name, side in known.items() if importlib.util.find_spec(name.replace("-", "_"))}
 
 
 def by_rlcs(pool: GradePool, answers: Sequence[Answer]) -> list[bool]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from bench.pairs import Options, Pair, row
 from bench.shapes import Shape, make_case
@@ -28,8 +29,10 @@ class Sweep:
 
     def shape(self, value: int) -> Shape:
         """The shape at one value."""
-        changes = {"answers": (value, value)} if self.name == "answers" else {self.name: value}
-        return replace(self.base, **changes)  # type: ignore[arg-type]
+        changes: dict[str, Any] = (
+            {"answers": (value, value)} if self.name == "answers" else {self.name: value}
+        )
+        return replace(self.base, **changes)
 
 
 BASE = Shape(
@@ -74,7 +77,7 @@ def rows_of(sweep: Sweep, pairs: Mapping[int, Pair], peer: str) -> list[Row]:
     theirs = {value: pair.peer_seconds for value, pair in pairs.items() if pair.peer_seconds is not None}
     of_eight = {value: pair.seconds for value, pair in pairs.items()}.get(8)
     for value, pair in pairs.items():
-        more: dict[str, object] = {}
+        more: dict[str, Any] = {}
         if value == sweep.values[-1]:
             more["exponent"] = round(exponent(sweep.values, ours), 2)
             if theirs:
