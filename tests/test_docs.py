@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from rlcs.cli.main import app
+from rlcs.recipe.arms import arms_override
 from rlcs.recipe.keys import recipe_keys
 from rlcs.recipe.loading import list_recipes, load_recipe
 
@@ -65,7 +66,8 @@ def test_command_is_understood(line):
     overrides = [str(each).replace("data.problems=", "data.cold_start=") for each in said]
     if verb in WITH_A_RECIPE and overrides:
         recipe = str(given.get("recipe", "quickstart"))
-        load_recipe(recipe if recipe in list_recipes() else "quickstart", overrides)
+        name = recipe if recipe in list_recipes() else "quickstart"
+        load_recipe(name, [*arms_override(verb), *overrides])
 
 
 def test_there_are_commands_to_understand():
@@ -149,6 +151,9 @@ OPTIONS_OF_OTHERS = {
     "--shutdown-timeout": "torchrun",
     "--user": "docker run",
     "--shm-size": "docker run",
+    "--cpus": "docker run",
+    "--cpuset-cpus": "docker run",
+    "--speculative-config": "vllm serve",
     "--max-model-len": "vllm serve",
     "--enable-scale-out": "vllm serve",
     "--mm-processor-kwargs": "vllm serve",
