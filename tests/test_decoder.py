@@ -146,8 +146,8 @@ def test_a_killed_process_is_replaced(decoder):
 
 @pytest.mark.fault("images", "the process that decodes stands still", "given up after a limit")
 def test_a_stopped_process_is_given_up(monkeypatch, decoder):
-    monkeypatch.setattr(decoding, "PATIENCE_S", 0.3)
     decoder.measured(encoded("PNG"), limit=LIMIT, where="x")
+    monkeypatch.setattr(decoding, "PATIENCE_S", 0.3)
     os.kill(decoder._process.pid, signal.SIGSTOP)
     with pytest.raises(ImageError, match="SIGKILL"):
         decoder.measured(encoded("PNG"), limit=LIMIT, where="x")
