@@ -589,7 +589,7 @@ PHASES = [
     ),
     ("rlcs.train.sft.packs_in_step", "base, sft", "sft: data", "sft.pack_tokens=4096 (now 8192)"),
     ("torch.optim.AdamW.step", "base, sft", "sft: update", "sft.pack_tokens=4096 (now 8192)"),
-    ("rlcs.train.context.GrpoContext.sample", "base, grpo", "grpo: rollout", "grpo.max_rows=128 (now 256)"),
+    ("rlcs.train.context.GrpoContext.sample", "base, grpo", "grpo: rollout", "grpo.max_rows=256 (now 512)"),
     ("rlcs.train.learning.make_batches", "base, grpo", "grpo: reference", "grpo.pack_tokens=4096 (now 8192)"),
     ("torch.optim.AdamW.step", "base, grpo", "grpo: update", "model.gradient_checkpointing=true (now false)"),
 ]
