@@ -589,7 +589,7 @@ PHASES = [
     ),
     ("rlcs.train.sft.packs_in_step", "base, sft", "sft: data", "sft.pack_tokens=4096 (now 8192)"),
     ("torch.optim.AdamW.step", "base, sft", "sft: update", "sft.pack_tokens=4096 (now 8192)"),
-    ("rlcs.train.context.GrpoContext.sample", "base, grpo", "grpo: rollout", "grpo.max_rows=256 (now 512)"),
+    ("rlcs.train.context.GrpoContext.sample", "base, grpo", "grpo: rollout", "grpo.max_rows=128 (now 256)"),
     ("rlcs.train.learning.make_batches", "base, grpo", "grpo: reference", "grpo.pack_tokens=4096 (now 8192)"),
     ("torch.optim.AdamW.step", "base, grpo", "grpo: update", "model.gradient_checkpointing=true (now false)"),
 ]
@@ -599,7 +599,13 @@ PHASES = [
 def test_memory_that_runs_out_names_the_phase_and_the_keys(
     random_model_folder, tmp_path, monkeypatch, what, arms, phase, change
 ):
-    words = [f"model.name={random_model_folder}", *SMALL, f"study.arms=[{arms}]", "grpo.prompts_per_step=128"]
+    words = [
+        f"model.name={random_model_folder}",
+        *SMALL,
+        f"study.arms=[{arms}]",
+        "grpo.prompts_per_step=128",
+        "grpo.max_rows=256",
+    ]
     words += ["grpo.kl.kind=k3", "grpo.kl.coefficient=0.01"]  # then groups of equal rewards are learnt too
     words += [] if phase.startswith("preflight") else ["study.preflight=off"]
     recipe = load_recipe("quickstart", words).recipe
