@@ -415,7 +415,7 @@ def test_mistakes_on_the_command_line():
 
 def test_a_run_learns_from_at_most_so_many_demonstrations(tmp_path, monkeypatch):
     """Those of a cell with the same seed, so that a recipe repeats it."""
-    monkeypatch.setattr("rlcs.distill.load_kept", lambda rows, folder: list(range(50)))
+    monkeypatch.setattr("rlcs.pipeline.study.load_kept", lambda rows, folder: list(range(50)))
 
     def chosen(*words):
         recipe = load_recipe("quickstart", list(words)).recipe
