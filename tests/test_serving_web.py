@@ -86,7 +86,7 @@ def test_too_many_bodies_make_room(server, count, data):
         assert received(given_up[0]).startswith(b"HTTP/1.1 408")
 
 
-@pytest.mark.fault("server", "more silent connections than are allowed", "the oldest make room")
+@pytest.mark.fault("server", "more silent connections than are allowed", "the oldest are closed")
 def test_silent_connections_make_room(server):
     right, facts = answer(server), psutil.Process(server.process.pid)
     with ExitStack() as stack:

@@ -431,7 +431,7 @@ def test_weights_lie_in_main_memory_where_it_has_room(tmp_path: Path, vlm: Vlm) 
     assert list(memory.iterdir()) == []
 
 
-@pytest.mark.fault("engines", "no room in main memory for weights", "the run's folder takes them")
+@pytest.mark.fault("engines", "no space in main memory for weights", "the run's folder takes them")
 def test_without_room_in_main_memory_weights_go_to_the_run(
     tmp_path: Path, vlm: Vlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
