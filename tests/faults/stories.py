@@ -235,3 +235,10 @@ def strike(runner, undisturbed, tmp_path, story, signals, few, **how) -> int:
             failed[point, own[point - 1]] = wrong
     assert not failed, f"{len(failed)} of {len(points)}: {dict(itertools.islice(failed.items(), 5))}"
     return len(points)
+
+
+@pytest.fixture
+def whole_lane(request):
+    """Skip what takes minutes, unless every kill is asked for."""
+    if not request.config.getoption("every_kill"):
+        pytest.skip("minutes: `make test-faults` runs it")

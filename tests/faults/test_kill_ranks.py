@@ -1,18 +1,15 @@
 """Kills of one of several ranks: the others end, and the same command ends with the same bytes."""
 
 import pytest
-from stories import SIGNALS, runner, strike, undisturbed
+from stories import SIGNALS, runner, strike, undisturbed, whole_lane
 
-__all__ = ["runner", "undisturbed"]
+__all__ = ["runner", "undisturbed", "whole_lane"]
 
 FEW = {2: 8, 4: 4}
 """How many kills of each rank are tried, by the number of ranks."""
 
 
-@pytest.fixture(autouse=True)
-def _whole_lane(request):
-    if not request.config.getoption("every_kill"):
-        pytest.skip("minutes: `make test-faults` runs it")
+pytestmark = pytest.mark.usefixtures("whole_lane")
 
 
 @pytest.mark.fault("kills", "SIGKILL of one of two or four ranks at its file events",

@@ -1,18 +1,15 @@
 """Signals that ask a run to end, at a spread of its file events: the same command goes on from there."""
 
 import pytest
-from stories import SIGNALS, runner, strike, undisturbed
+from stories import SIGNALS, runner, strike, undisturbed, whole_lane
 
-__all__ = ["runner", "undisturbed"]
+__all__ = ["runner", "undisturbed", "whole_lane"]
 
 STORIES = {"sft": 20, "grpo": 20, "overlap": 6, "eval": 6}
 """Stories, and at how many events each signal comes."""
 
 
-@pytest.fixture(autouse=True)
-def _whole_lane(request):
-    if not request.config.getoption("every_kill"):
-        pytest.skip("minutes: `make test-faults` runs it")
+pytestmark = pytest.mark.usefixtures("whole_lane")
 
 
 @pytest.mark.fault("kills", "SIGTERM, SIGINT once and twice at file events of all stages",

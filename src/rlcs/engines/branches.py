@@ -1,7 +1,4 @@
-"""Answers while they are being decoded: those that have said the same so far are one branch.
-
-Letters in shapes: none; ids and logprobs are plain Python.
-"""
+"""Answers while they are being decoded: those that have said the same so far are one branch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
