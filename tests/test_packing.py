@@ -1,5 +1,7 @@
 """The shape of packs: invertible, exact positions, one description for every mask."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,6 +88,41 @@ def test_every_target_is_predicted_by_the_token_before_it_on_its_own_path(made):
             assert packed.positions[:, packed.predictors[at]].tolist() == [trunk + step - 1] * 3
             at += 1
     assert at == packed.num_targets
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_answers_that_begin_alike_are_computed_once_up_to_where_they_part(data):
+    ids = st.lists(st.integers(8, 9), min_size=1, max_size=12)
+    answers = data.draw(st.lists(ids, min_size=1, max_size=6))
+    least = data.draw(st.integers(1, 8))
+    prompt = Prompt(
+        problem_id="p", ids=(1, 2, 3), images=(), grids=(), spans=(), image_token_id=IMAGE, merge_size=2
+    )
+    branches = tuple(
+        Branch(ids=tuple(answer), weights=tuple(n + step / 100 for step in range(len(answer))))
+        for n, answer in enumerate(answers)
+    )
+    apart = Tree(prompt=prompt, branches=branches)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlcs.records.trees.LEAST_SAVED", least)
+        merged = replace(apart, merges=True)
+        packed = pack([apart, merged], no_pixels)
+        tokens = merged.num_tokens
+    # What a branch is in the pack is read from the tensors alone, and is the same merged or not.
+    half = packed.num_targets // 2
+    targets, predictors = (packed.of_targets(x).tolist() for x in (packed.targets, packed.predictors))
+    assert targets[half:] == targets[:half] == [i for branch in branches for i in branch.ids]
+    assert packed.weights[half:].tolist() == packed.weights[:half].tolist()
+    assert (packed.sequence[half:] - len(branches)).tolist() == packed.sequence[:half].tolist()
+    visible, ids = dense_mask(packed.layout), packed.ids
+    for before, after in zip(predictors[:half], predictors[half:], strict=True):
+        assert ids[visible[after]].tolist() == ids[visible[before]].tolist()
+        assert packed.positions[:, after].tolist() == packed.positions[:, before].tolist()
+    if least == 1:  # as few as there can be: one for each different beginning
+        beginnings = {tuple(answer[:stop]) for answer in answers for stop in range(1, len(answer) + 1)}
+        assert tokens == len(prompt.ids) + len(beginnings) == packed.num_tokens - apart.num_tokens
+    assert tokens <= apart.num_tokens
 
 
 def test_targets_in_a_trunk_are_predicted_in_the_trunk_and_belong_to_its_branch():

@@ -78,7 +78,7 @@ def test_a_healthy_untrained_model_passes(untrained):
 true_positions, true_mask, true_predictors = packing.trunk_positions, layout.dense_mask, packing._predictors
 
 
-def branches_shifted(tree):
+def branches_shifted(tree, shape):
     trunk = true_positions(tree.prompt)
     restart = int(trunk.max()) + 2
     texts = [packing._text_positions(restart, len(branch.ids)) for branch in tree.branches]
@@ -115,13 +115,13 @@ def the_tree_before_is_seen(layout, scope):
     return order[:, None] >= order[None]
 
 
-def by_the_token_itself(tree):
+def by_the_token_itself(tree, shape):
     return range(len(tree.prompt.ids), tree.num_tokens)
 
 
-def first_by_the_token_before(tree):
+def first_by_the_token_before(tree, shape):
     last = len(tree.prompt.ids) - 1
-    return [i - 1 if i == last else i for i in true_predictors(tree)]
+    return [i - 1 if i == last else i for i in true_predictors(tree, shape)]
 
 
 FAULTS = {

@@ -43,20 +43,30 @@ CASES = {
         ("a", ((56, 84),), (5, 3, 7, 2, 20, 4), (None, 0, 0, 2, None, 4)),
         ("b", ((84, 56),), (6, 40), (None, 0)),
     ],
+    # Some are the same, some are what others begin with, and one is no part of the others.
+    "answers that begin alike": [
+        ("a", ((56, 84),), (30, 34, 18, 18, 20, 3, 5), None, (18, 25, 18, 18, 18, 3, 2)),
+        ("b", ((84, 56),), (9, 40, 50), None, (0, 30, 30)),
+    ],
 }
 
 
 def make_trees(chat, case, seed=0) -> list[Tree]:
+    """Trees of (name, images, lengths of answers, what they follow, tokens that they share at first)."""
     generator = torch.Generator().manual_seed(seed)
     trees = []
-    for name, shapes, lengths, *parents in case:
+    for name, shapes, lengths, *more in case:
+        parents, alike = (*more, None, None)[:2]
+        beginning = torch.randint(20, 200, (max(alike or (0,)),), generator=generator).tolist()
         branches = []
-        for length, parent in zip(lengths, *parents or [(None,) * len(lengths)], strict=True):
+        nothing = len(lengths) * (None,)
+        for length, parent, first in zip(lengths, parents or nothing, alike or nothing, strict=True):
             ids = torch.randint(20, 200, (length,), generator=generator).tolist()
+            ids[: first or 0] = beginning[: first or 0]
             weights = torch.randn(length, generator=generator).tolist()
             branches.append(Branch(ids=tuple(ids), weights=tuple(weights), parent=parent))
         prompt = chat.prompt(make_problem(name, f"question {name}", shapes))
-        trees.append(Tree(prompt=prompt, branches=tuple(branches)))
+        trees.append(Tree(prompt=prompt, branches=tuple(branches), merges=alike is not None))
     return trees
 
 

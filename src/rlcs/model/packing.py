@@ -6,13 +6,16 @@ where its trunk ends; the first token of every branch is predicted by the trunk'
 follow another branch in place of the trunk, as deep as one likes: an answer that forks. So
 the gradients of a pack are those of the padded, repeated batch. In a conversation earlier replies lie in
 the trunk, between images that may come after them; where they are learnt, trunk tokens are targets too.
+Branches that begin alike may share tokens (`Tree.merges`); each has its own targets for them.
 
 Letters in shapes: L tokens of the pack, N target tokens (all branch
-tokens, and those of the trunk with a loss weight), S branches, T trees.
+tokens, and those of the trunk with a loss weight), U different ones (those that branches share count once),
+S branches, T trees.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from rlcs.model.layout import Layout, Segment
 from rlcs.records import ImageRef, Prompt
-from rlcs.records.trees import Tree
+from rlcs.records.trees import Shape, Tree
 
 
 def trunk_positions(prompt: Prompt) -> Tensor:
@@ -61,11 +64,13 @@ class Pack:
     ids (L,), positions (3, L); the images in order with their grids (images, 3), or None. Their patches are
     no part of a pack: `pixels` returns those of one image when the pack is used. Where `kept` is a mapping,
     it holds what a frozen vision tower made of them (see `image_features`). For every target token:
-    `predictors` (N,) is the hidden state that predicts it, `targets` (N,) its id, `sequence` (N,) its branch
-    (0..S-1), `weights` (N,) its loss weight, `sampler_logprobs` (N,) the sampler's logprobs (None if any
-    branch has none). Targets in a trunk come before those of its first branch, and have its index in
-    `sequence`. `routes` (L, layers, k) are the experts that computed the tokens in sampling, below zero where
-    they are not known (None: nowhere). `held` (N,) says which tokens entropy control holds (None: none).
+    `sequence` (N,) is its branch (0..S-1), `weights` (N,) its loss weight, `sampler_logprobs` (N,) the
+    sampler's logprobs (None if any branch has none). Targets in a trunk come before those of its first
+    branch, and have its index in `sequence`. For every different one `predictors` (U,) is the hidden state
+    that predicts it, and `targets` (U,) its id; `shared` (N,) is which of them a target is (None: U is N, in
+    the same order). `routes` (L, layers, k) are the experts that computed the tokens in sampling, below zero
+    where they are not known (None: nowhere). `held` (N,) says which tokens entropy control holds (None:
+    none).
     """
 
     layout: Layout
@@ -82,6 +87,7 @@ class Pack:
     kept: dict[Any, Any] | None = None
     routes: Tensor | None = None
     held: Tensor | None = None
+    shared: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -91,12 +97,16 @@ class Pack:
     @property
     def num_targets(self) -> int:
         """Tokens with a loss (N)."""
-        return self.targets.numel()
+        return self.sequence.numel()
 
     @property
     def num_sequences(self) -> int:
         """Branches (S)."""
-        return sum(segment.parent is not None for segment in self.layout.segments)
+        return int(self.sequence[-1]) + 1 if self.num_targets else 0
+
+    def of_targets(self, different: Tensor) -> Tensor:
+        """From (U, ...) of different targets to (N, ...) of all."""
+        return different if self.shared is None else different.index_select(0, self.shared)
 
     def to(self, device: torch.device) -> "Pack":
         """The same pack with its tensors on `device`."""
@@ -111,16 +121,20 @@ def pack(trees: Sequence[Tree], pixels: PixelSource, *, keeps_features: bool = F
     """
     if not trees:
         raise ValueError("a pack needs at least one tree")
-    layout = _layout(trees)
+    shapes = [tree.shape for tree in trees]
+    layout = _layout(trees, shapes)
     trunks = iter(layout.trunks)
     branches = [branch for tree in trees for branch in tree.branches]
     predictors, targets, weights = list[int](), list[int](), list[float]()
-    lengths = []
-    for tree in trees:
+    lengths, shared = list[int](), list[int]()
+    for tree, shape in zip(trees, shapes, strict=True):
         in_trunk, start = tree.trunk_targets, next(trunks).start
+        shared += range(len(targets), len(targets) + len(in_trunk))
         predictors += [start + i - 1 for i in in_trunk]
-        predictors += [start + i for i in _predictors(tree)]
-        targets += [*(tree.prompt.ids[i] for i in in_trunk), *(i for b in tree.branches for i in b.ids)]
+        targets += [tree.prompt.ids[i] for i in in_trunk]
+        shared += _shared(shape, len(targets))
+        predictors += [start + i for i in _predictors(tree, shape)]
+        targets += [i for part in shape.parts for i in part.ids]
         weights += [
             *(tree.trunk_weights[i] for i in in_trunk),
             *(w for b in tree.branches for w in b.weights),
@@ -131,8 +145,11 @@ def pack(trees: Sequence[Tree], pixels: PixelSource, *, keeps_features: bool = F
     with_logprobs = bool(branches) and all(b.logprobs is not None for b in branches)
     return Pack(
         layout=layout,
-        ids=torch.tensor([i for tree in trees for i in _flat_ids(tree)], dtype=torch.long),
-        positions=torch.cat([_positions(tree) for tree in trees], dim=1),
+        ids=torch.tensor(
+            [i for tree, shape in zip(trees, shapes, strict=True) for i in _flat_ids(tree, shape)],
+            dtype=torch.long,
+        ),
+        positions=torch.cat([_positions(*each) for each in zip(trees, shapes, strict=True)], dim=1),
         predictors=torch.tensor(predictors, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         sequence=torch.repeat_interleave(
@@ -150,6 +167,7 @@ def pack(trees: Sequence[Tree], pixels: PixelSource, *, keeps_features: bool = F
         kept={} if keeps_features else None,
         routes=_routes(trees),
         held=_held(trees),
+        shared=torch.tensor(shared, dtype=torch.long) if any(tree.merges for tree in trees) else None,
     )
 
 
@@ -184,41 +202,48 @@ def _routes(trees: Sequence[Tree]) -> Tensor | None:
     return table
 
 
-def _flat_ids(tree: Tree) -> list[int]:
-    return [*tree.prompt.ids, *(i for branch in tree.branches for i in branch.ids)]
+def _flat_ids(tree: Tree, shape: Shape) -> list[int]:
+    return [*tree.prompt.ids, *(i for part in shape.parts for i in part.ids)]
 
 
-def _layout(trees: Sequence[Tree]) -> Layout:
+def _layout(trees: Sequence[Tree], shapes: Sequence[Shape]) -> Layout:
     segments: list[Segment] = []
     images: list[tuple[int, int]] = []
-    for tree in trees:
+    for tree, shape in zip(trees, shapes, strict=True):
         root, start = len(segments), segments[-1].stop if segments else 0
         images += [(start + a, start + b) for a, b in tree.prompt.spans]
         segments.append(Segment(start=start, stop=start + len(tree.prompt.ids)))
-        for branch in tree.branches:
-            start, parent = segments[-1].stop, root if branch.parent is None else root + 1 + branch.parent
-            segments.append(Segment(start=start, stop=start + len(branch.ids), parent=parent))
+        for part in shape.parts:
+            start, parent = segments[-1].stop, root if part.parent is None else root + 1 + part.parent
+            segments.append(Segment(start=start, stop=start + len(part.ids), parent=parent))
     return Layout(segments=tuple(segments), images=tuple(images))
 
 
-def _positions(tree: Tree) -> Tensor:
+def _positions(tree: Tree, shape: Shape) -> Tensor:
     trunk = trunk_positions(tree.prompt)
     after_trunk = int(trunk.max()) + 1
-    parts, ends = [trunk], list[int]()
-    for branch in tree.branches:
-        start = after_trunk if branch.parent is None else ends[branch.parent]
-        ends.append(start + len(branch.ids))
-        parts.append(_text_positions(start, len(branch.ids)))
-    return torch.cat(parts, dim=1)
+    positions, ends = [trunk], list[int]()
+    for part in shape.parts:
+        start = after_trunk if part.parent is None else ends[part.parent]
+        ends.append(start + len(part.ids))
+        positions.append(_text_positions(start, len(part.ids)))
+    return torch.cat(positions, dim=1)
 
 
-def _predictors(tree: Tree) -> list[int]:
-    """For every branch token, the index in the tree of the token before it on its own path."""
+def _predictors(tree: Tree, shape: Shape) -> list[int]:
+    """For every token of the parts, the index in the tree of the token before it on its own path."""
     stop = len(tree.prompt.ids)
     predictors, last = list[int](), list[int]()
-    for branch in tree.branches:
-        before = len(tree.prompt.ids) - 1 if branch.parent is None else last[branch.parent]
-        start, stop = stop, stop + len(branch.ids)
+    for part in shape.parts:
+        before = len(tree.prompt.ids) - 1 if part.parent is None else last[part.parent]
+        start, stop = stop, stop + len(part.ids)
         predictors += [before, *range(start, stop - 1)]
         last.append(stop - 1)
     return predictors
+
+
+def _shared(shape: Shape, first: int) -> list[int]:
+    """For every token of the branches, which target it is, where those of the parts count from `first`."""
+    starts = list(accumulate((len(part.ids) for part in shape.parts), initial=first))
+    ranges = (range(starts[i], starts[i] + len(shape.parts[i].ids)) for path in shape.paths for i in path)
+    return [index for each in ranges for index in each]

@@ -2,7 +2,8 @@
 
 The vocabulary of a real model is about 152,000 wide: logits are computed for the tokens that have
 a target only, in chunks that are recomputed in the backward pass, never for the prompt and never
-all at once. Letters in shapes: L tokens, N target tokens, C hidden size, V vocabulary.
+all at once, and once for answers that share a token. Letters in shapes: L tokens, N target tokens, C hidden
+size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -105,7 +106,7 @@ def score(
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    chosen, entropy, *rest = vlm.run(work)
+    chosen, entropy, *rest = (pack.of_targets(each) for each in vlm.run(work))
     return Scores(logprobs=chosen, entropy=entropy, router_loss=rest[0] if rest else None)
 
 

@@ -67,8 +67,11 @@ def outcome(group: Group) -> Outcome:
     return Outcome(problem_id=group.problem.id, answers=len(scored), right=sum(scored), signal=signal)
 
 
-def tree_of(group: Group, *, keep_unscored: bool = False) -> Tree:
-    """A tree of the prompt with one branch for each scored rollout, whose tokens weigh its advantage."""
+def tree_of(group: Group, *, keep_unscored: bool = False, merges: bool = False) -> Tree:
+    """A tree of the prompt with one branch for each scored rollout, whose tokens weigh its advantage.
+
+    With `merges` it is computed once what answers begin with alike, unless experts are to be replayed.
+    """
     branches = [
         Branch(
             ids=r.ids,
@@ -84,4 +87,5 @@ def tree_of(group: Group, *, keep_unscored: bool = False) -> Tree:
         r.routes for r in group.rollouts if r.routes is not None and len(r.routes) == size + len(r.ids) - 1
     )
     routes = next((found.first(size) for found in whole), None)
-    return Tree(prompt=group.prompt, branches=tuple(branches), trunk_routes=routes)
+    merges &= all(rollout.routes is None for rollout in group.rollouts)
+    return Tree(prompt=group.prompt, branches=tuple(branches), trunk_routes=routes, merges=merges)

@@ -83,6 +83,8 @@ class Learner:
         if settings.sight.coefficient:
             self._objective = with_sight(self._objective, context, settings, seed=trainer.done)
         self._entropy_gradient = entropy_weight > 0
+        # A mixture's loss counts how often each token is used.
+        self._merges = context.vlm.family.router is None
         count, steps = settings.prompts_per_step, settings.optimizer_steps
         self._size = -(-count // steps)
         self._shares = [
@@ -106,7 +108,7 @@ class Learner:
             other_losses |= self._settings.entropy.control == "bonus"
             other_losses |= self._settings.sight.coefficient > 0
             known_zero = zero_variance(group) and not other_losses
-            weights, tree = self._mixer.weights, tree_of(group)
+            weights, tree = self._mixer.weights, tree_of(group, merges=self._merges)
             known_zero = not weights.distill and (known_zero or not weights.reward)
             share.counts += ZeroGradCounts.of([tree])
             (share.zero_grad if known_zero else share.trees).append(tree)

@@ -58,4 +58,4 @@ def pictured(pack: Pack) -> Tensor:
     has_image = [any(trunk.start <= start < trunk.stop for start in starts) for trunk in trunks]
     sizes = torch.tensor([len(segment) for segment in pack.layout.segments])
     of_tokens = torch.tensor(has_image, dtype=torch.float32).repeat_interleave(sizes)
-    return of_tokens[pack.predictors]
+    return pack.of_targets(of_tokens[pack.predictors])

@@ -7,6 +7,7 @@ An answer is a request: vLLM computes the logprobs of a prompt anew each time, i
 """
 
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -142,22 +143,26 @@ class ScoringServer:
 
 def _paths(pack: Pack) -> list[_Path]:
     """The branches of a pack as separate sequences, each behind what it follows."""
-    ids, layout = pack.ids.tolist(), pack.layout
-    images = list(zip(layout.images, pack.images, strict=True))
-    found: list[_Path] = []
-    before: dict[int, tuple[tuple[int, ...], list[tuple[tuple[int, int], ImageRef]]]] = {}
-    for index, segment in enumerate(layout.segments):
-        own = tuple(ids[segment.start : segment.stop])
-        if segment.parent is None:
-            inside = [
-                ((start - segment.start, stop - segment.start), ref)
-                for (start, stop), ref in images
-                if segment.start <= start < segment.stop
-            ]
-            before[index] = (own, inside)
-            continue
-        path, inside = before[segment.parent]
-        before[index] = (path + own, inside)
-        spans, refs = [span for span, _ in inside], [ref for _, ref in inside]
-        found.append(_Path(ids=path + own, spans=tuple(spans), images=tuple(refs), scored=len(own)))
+    ids, segments = pack.ids.tolist(), pack.layout.segments
+    images = list(zip(pack.layout.images, pack.images, strict=True))
+    starts = [segment.start for segment in segments]
+    targets, predictors = (pack.of_targets(x).tolist() for x in (pack.targets, pack.predictors))
+    found, start = list[_Path](), 0
+    for count in pack.sequence.bincount().tolist():
+        own, place = targets[start : start + count], predictors[start]
+        before: list[int] = []
+        while True:
+            segment = segments[bisect_right(starts, place) - 1]
+            before = ids[segment.start : place + 1] + before
+            if segment.parent is None:
+                break
+            place = segments[segment.parent].stop - 1
+        inside = [
+            ((first - segment.start, last - segment.start), ref)
+            for (first, last), ref in images
+            if segment.start <= first < segment.stop
+        ]
+        spans, refs = tuple(span for span, _ in inside), tuple(ref for _, ref in inside)
+        found.append(_Path(ids=(*before, *own), spans=spans, images=refs, scored=count))
+        start += count
     return found
