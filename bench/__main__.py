@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from bench import table
+from bench import charts, table
 from bench.pairs import Options
 from bench.shapes import HYBRID, SHAPES, THREADS, Shape, make_case
 from bench.sides import ask_once, steps_in_turns
@@ -26,6 +26,7 @@ from bench.works import WORKS, rows_of
 HERE = Path(__file__).parent
 LATEST = HERE / "results" / "latest.json"
 PAGE = HERE.parent / "docs" / "performance.md"
+CHART = HERE.parent / "docs" / "images" / "bench.png"
 GRPO = "grpo"
 NAMES = {GRPO: "a GRPO step, against TRL"} | WORKS
 """The works that can be chosen."""
@@ -54,7 +55,7 @@ def main() -> int:
     options = arguments()
     disable_progress_bar()
     if options.write_docs and not options.run:
-        table.write_docs(table.read(options.out), PAGE)
+        write_docs(options.out)
         return 0
     os.environ.update(
         OMP_NUM_THREADS=str(1 if options.cpu_time else THREADS),
@@ -74,8 +75,15 @@ def main() -> int:
     print(table.markdown(rows))
     print(table.works_markdown(rows))
     if options.write_docs:
-        table.write_docs(table.read(options.out), PAGE)
+        write_docs(options.out)
     return 0
+
+
+def write_docs(path: Path) -> None:
+    """Put the rows of a file into the page, as tables and as a picture."""
+    rows = table.read(path)
+    table.write_docs(rows, PAGE)
+    charts.draw(rows, CHART)
 
 
 def grpo_rows(options: argparse.Namespace) -> Iterator[list[table.Row]]:
@@ -113,7 +121,7 @@ def arguments() -> argparse.Namespace:
         "--cpu-time", action="store_true", help="CPU seconds of one thread: for a busy machine"
     )
     parser.add_argument("--skip-check", action="store_true", help="do not compare loss and gradients first")
-    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/performance.md")
+    parser.add_argument("--write-docs", action="store_true", help="put all into docs/performance.md")
     parser.add_argument(
         "--run", action=argparse.BooleanOptionalAction, default=True, help="--no-run: use latest.json"
     )

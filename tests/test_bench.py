@@ -7,10 +7,11 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
-from bench import adapters, limit, ours, pairs, table
+from bench import adapters, charts, limit, ours, pairs, table
 from bench.meter import Measured, Meter
 from bench.pairs import Options, Pair
 from bench.shapes import HYBRID, WARM_UP_TRUNK, Case, Shape, make_case, wide_model
@@ -179,6 +180,28 @@ def test_rows_measured_anew_take_the_place_of_old_ones_and_stand_in_the_page(tmp
     assert "old" not in text and text.startswith("before ") and text.endswith(" after")
     assert "| x | epoch | trl | 4 s | 2 s | 2.00 | 1.50 to 2.50 |  |" in text
     assert "| y | epoch | alone |  | 1.5 s |  |  | exponent 0.51 |" in text
+
+
+def test_the_chart_shows_ratios_and_how_a_step_grows(tmp_path):
+    pair, alone = Pair(ours=[2.0, 2.0], theirs=[3.0, 5.0]), Pair(ours=[1.5])
+    rows = [
+        {"work": "grpo step", "shape": "long", "phase": phase, "peer": "trl 1", "ratio": ratio}
+        for phase, ratio in (("rollout", 2.0), ("step", 3.0), ("memory of step", 4.0))
+    ]
+    rows.append(pairs.row(work="sft", shape="x", phase="epoch", peer="trl 1, padded", pair=pair))
+    for size, seconds in ((16, 3.0), (8, 1.5)):
+        one = Pair(ours=[seconds])
+        rows.append(pairs.row(work="sweeps", shape=f"group {size}", phase="step", peer="", pair=one))
+    rows.append(pairs.row(work="sweeps", shape="trunk 50", phase="step", peer="", pair=alone))
+    assert charts.ratios(rows) == [
+        ("grpo step, long\nagainst trl 1", 3.0, None),
+        ("sft, x, epoch\nagainst trl 1", 2.0, (1.5, 2.5)),
+    ]
+    assert charts.sweeps(rows) == {"group": [(8.0, 1.5), (16.0, 3.0)]}
+    for name, shown in (("all", rows), ("no sweep", rows[:4])):
+        charts.draw(shown, tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width > 1000 and picture.getextrema()[0] != (255, 255)
 
 
 @pytest.mark.parametrize("name", sorted(WORKS.keys() - {"sft"}))

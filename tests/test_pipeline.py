@@ -113,6 +113,10 @@ def test_the_study_on_the_built_in_hybrid_model(tmp_path):
 
 def test_the_same_command_again_does_nothing_twice(finished, random_model_folder):
     before = (finished / "sft" / "final" / "model.safetensors").stat().st_mtime_ns
+    # As of an attempt that was killed at its end: no engine is opened any more, which would remove them.
+    weights_for_vllm = finished / "rollout" / "weights" / "0123abcd-4" / "model.safetensors"
+    weights_for_vllm.parent.mkdir(parents=True)
+    weights_for_vllm.touch()
     for command in (["quickstart"], ["run", "quickstart"], ["sft", "quickstart"]):
         again = rlcs(*command, f"model.name={random_model_folder}", *SMALL, "--out", finished)
         assert again.returncode == 0
@@ -121,6 +125,7 @@ def test_the_same_command_again_does_nothing_twice(finished, random_model_folder
         )
     assert (finished / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == before
     assert "sft 1/" not in again.stdout
+    assert not weights_for_vllm.exists()
 
 
 def test_another_recipe_in_the_same_folder_is_refused(finished, random_model_folder):

@@ -5,6 +5,7 @@ GRPO at their newest checkpoint, a measurement after its last answer.
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -116,9 +117,15 @@ class Study:
         with ExitStack() as stack:
             self._world.first(lambda: stack.enter_context(hold(self.folder)))
             self.claim()
+            self._world.first(self._remove_weights)
             log_here = attempt_log(self.folder / "logs") if self._world.rank == 0 else nullcontext()
             with log_here, memory_advice(self.recipe, self._world):
                 yield
+
+    def _remove_weights(self) -> None:
+        """Remove what a killed attempt left of the weights for vLLM; this one may not need vLLM any more."""
+        if not self._dry:
+            shutil.rmtree(engine_needs(self.recipe).weights_folder(self._logs), ignore_errors=True)
 
     def claim(self) -> None:
         """Write the recipe into the folder, in which something may then lie before the run.
