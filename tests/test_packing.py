@@ -106,6 +106,7 @@ def test_answers_that_begin_alike_are_computed_once_up_to_where_they_part(data):
     apart = Tree(prompt=prompt, branches=branches)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlcs.records.trees.LEAST_SAVED", least)
+        patch.setattr("rlcs.records.trees._COMPARED", data.draw(st.integers(1, 4)))
         merged = replace(apart, merges=True)
         packed = pack([apart, merged], no_pixels)
         tokens = merged.num_tokens

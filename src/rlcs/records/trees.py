@@ -7,6 +7,8 @@ from rlcs.records import Prompt, Routes, require
 
 LEAST_SAVED = 16
 """Tokens that must be saved for answers to share what they begin with: every part of a tree has a cost."""
+_COMPARED = 64
+"""Tokens of answers that are compared at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,14 +141,11 @@ def _merged(answers: Sequence[tuple[int, ...]]) -> Shape:
 
 def _alike(answers: Sequence[tuple[int, ...]], start: int) -> int:
     """Up to where answers, which are alike up to `start`, say the same."""
-    shortest = min(answers, key=len)
-    if all(answer[: len(shortest)] == shortest for answer in answers):
-        return len(shortest)
-    low, high = start, len(shortest)  # alike up to `low`, not up to `high`
-    while high - low > 1:
-        middle = (low + high) // 2
-        if all(answer[start:middle] == shortest[start:middle] for answer in answers):
-            low = middle
-        else:
-            high = middle
-    return low
+    first, shortest = answers[0], min(map(len, answers))
+    if len(answers) == 1:
+        return shortest
+    for place in range(start, shortest, _COMPARED):
+        stop = min(place + _COMPARED, shortest)
+        if any(answer[place:stop] != first[place:stop] for answer in answers):
+            return next(i for i in range(place, stop) if any(answer[i] != first[i] for answer in answers))
+    return shortest
