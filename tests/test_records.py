@@ -156,6 +156,8 @@ EVERY = {
         banned_ids=st.just((2, 3)),
         top_p=st.floats(0.1, 1),
     ),
+    trees.Part: st.just(trees.Part(ids=(1, 2), parent=0)),
+    trees.Shape: st.just(trees.Shape(parts=(trees.Part(ids=(1,), parent=None),), paths=((0,), (0,)))),
     trees.Branch: st.just(trees.Branch(ids=(1, 2), weights=(0.5, 1.0), logprobs=(-0.5, 0.0))),
     trees.Tree: prompts.map(
         lambda prompt: trees.Tree(prompt=prompt, branches=(trees.Branch(ids=(1,), weights=(1.0,)),))
