@@ -2,9 +2,13 @@
 
 import gc
 import io
+import os
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,6 +30,34 @@ def pytest_collection_finish() -> None:
     """Leave modules and tests out of later garbage collections, of which every run makes several."""
     gc.collect()
     gc.freeze()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command of rlcs ended, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def rlcs(*words: object, cwd: str | Path = ".", **variables: str) -> Ended:
+    """Run a command in this process, which has imported the slow libraries once."""
+    from rlcs.cli.main import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        patch.object(sys, "argv", ["rlcs", *map(str, words)]),
+        patch.dict(os.environ, {"COLUMNS": "200", **variables}),
+        chdir(cwd),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return Ended(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session", autouse=True)

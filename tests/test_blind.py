@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import SMALL_STUDY, make_problem
+from conftest import SMALL_STUDY, make_problem, rlcs
 from loopback_server import LoopbackServer, last_text
 from rlcs.data import puzzles
 from rlcs.data.blind import blind_twins
@@ -42,7 +42,6 @@ from rlcs.records import (
 from rlcs.signals import StopFlag
 from test_benchmarks import vision, write_image, write_jsonl
 from test_evals import eval_run, run
-from test_pipeline import rlcs
 
 
 def images_of(problem: Problem) -> set[str]:

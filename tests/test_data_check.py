@@ -4,14 +4,11 @@ import io
 import json
 import subprocess
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 from PIL import Image
 
-from rlcs.cli.main import main
+from conftest import rlcs
 from rlcs.data.check import grouped, kind_lines, kinds_of_golds
 from rlcs.data.loading import load
 from rlcs.data.rows import BadRow
@@ -130,18 +127,6 @@ def test_kinds_come_by_number_and_blank_golds_do_not_count():
 
 
 # --- the recipe of a run -------------------------------------------------------------------------
-
-
-def rlcs(*words, cwd):
-    """Run a command in this process, which has imported the slow libraries once."""
-    out, err = io.StringIO(), io.StringIO()
-    argv = ["rlcs", *map(str, words)]
-    with (
-        patch.object(sys, "argv", argv), chdir(cwd), redirect_stdout(out), redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):  # fmt: skip
-        main()
-    return SimpleNamespace(returncode=ended.value.code or 0, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def jsonl(path, rows):

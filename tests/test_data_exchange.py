@@ -3,15 +3,13 @@
 import io
 import json
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 
-from conftest import make_conversation
+from conftest import make_conversation, rlcs
 from rlcs.data import puzzles
 from rlcs.data.exchange import export
 from rlcs.data.images import image_from_bytes
@@ -128,12 +126,6 @@ def test_layouts_of_other_trainers(layout, tmp_path: Path):
     else:
         info = json.loads((tmp_path / "out/dataset_info.json").read_text())
         assert info["rlcs"]["columns"]["messages"] == "conversations"
-
-
-def rlcs(*words):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "rlcs", *map(str, words)], capture_output=True, text=True
-    )
 
 
 def test_commands_export_and_list_what_would_be_sent(tmp_path: Path):

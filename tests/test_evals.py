@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import rlcs
 from loopback_server import LoopbackServer, last_text
 from rlcs.cli.train import _arm_lines
 from rlcs.engines import openai_client
@@ -29,7 +30,6 @@ from rlcs.records import Grade, Problem, Sample, StopReason
 from rlcs.signals import StopFlag, Stopped
 from rlcs.storage import read_json, read_jsonl, write_json
 from test_benchmarks import VISTA, vision, vision_folder, we, write_image, write_jsonl
-from test_pipeline import rlcs
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from conftest import rlcs
 from rlcs.errors import RecipeError
 from rlcs.grading import GradePool
 from rlcs.grading.own import check_function
 from rlcs.records import Problem, Turn
-from test_pipeline import SMALL, rlcs
+from test_pipeline import SMALL
 
 CODE = """
 import time

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from conftest import rlcs
 from rlcs.data import puzzles
 from rlcs.errors import RecipeError
 from rlcs.grading.reward import FormatGrader, add_parts, advice, open_reward, try_reward
 from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.stages import Reward
 from rlcs.records import Grade, Problem, from_row, to_row
-from test_pipeline import SMALL, rlcs
+from test_pipeline import SMALL
 
 CODE = r"""
 import math, time

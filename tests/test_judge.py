@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import make_conversation, make_problem
+from conftest import make_conversation, make_problem, rlcs
 from loopback_server import LoopbackServer, last_text
 from rlcs.errors import RecipeError
 from rlcs.generation.judge import VERDICTS, JudgeOfRanks, open_judge, quoted, read_score
@@ -21,7 +21,7 @@ from rlcs.recipe.loading import load_recipe
 from rlcs.recipe.stages import Reward
 from rlcs.records import Grade, Problem, Sample, StopReason
 from rlcs.storage import read_jsonl
-from test_pipeline import SMALL, rlcs
+from test_pipeline import SMALL
 
 PROBLEM = Problem(id="p", source="mine", question="What is 2 + 3?", answer="5")
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from conftest import rlcs
 from loopback_server import LoopbackServer, last_text, text_of
 from rlcs.errors import EndpointError
 from rlcs.evals.answer_file import Tally, grade_file
@@ -12,7 +13,6 @@ from rlcs.recipe.schema import Eval
 from rlcs.signals import StopFlag
 from rlcs.storage import read_json, read_jsonl, write_jsonl
 from test_benchmarks import VERSE, write_image
-from test_pipeline import rlcs
 
 LONG = "word " * 100
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from conftest import SMALL_STUDY
+from conftest import SMALL_STUDY, rlcs
 from loopback_server import LoopbackServer
 from rlcs.data import run_data
 from rlcs.distributed import join_world
@@ -44,12 +44,6 @@ SMALL = [
     "eval.max_new_tokens=8",
     "trackers.tensorboard=true",
 ]
-
-
-def rlcs(*words: str, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "rlcs", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
 
 
 def data_of(recipe) -> run_data.RunData:

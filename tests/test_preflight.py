@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import SMALL_STUDY, make_problem
+from conftest import SMALL_STUDY, make_problem, rlcs
 from loopback_server import LoopbackServer
 from rlcs.data.run_data import load_run_data
 from rlcs.distributed import ALONE, World
@@ -47,7 +47,6 @@ from rlcs.storage import mark_done
 from rlcs.train import state as state_of
 from rlcs.train import trackers
 from rlcs.train.collapse import MOST
-from test_pipeline import rlcs
 
 SMALL = [*SMALL_STUDY, "grpo.steps=1", "grpo.max_new_tokens=8", "eval.max_new_tokens=8"]
 FAKE = Path(__file__).parent / "fake_vllm.py"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from conftest import SMALL_STUDY
+from conftest import SMALL_STUDY, rlcs
 from hub_server import HubServer
 from rlcs.data import puzzles
 from rlcs.engines.local import LocalEngine
@@ -48,7 +48,8 @@ def python(program: str, folder: Path) -> str:
     return done.stdout
 
 
-def rlcs(*words, **environment):
+def apart(*words, **environment):
+    """A command in a process of its own: the hub's client reads its variables when it is imported."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "rlcs", *map(str, words)],
         capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
@@ -273,12 +274,12 @@ def test_what_cannot_be_quantised_says_why(exported, tmp_path, monkeypatch):
 
 def test_the_dry_run_lists_every_file_and_sends_nothing(exported):
     with HubServer() as hub:
-        done = rlcs("publish", exported, "me/mine", "--dry-run", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
+        done = apart("publish", exported, "me/mine", "--dry-run", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
         assert done.returncode == 0 and not hub.seen, done.stderr
     files = list(exported.iterdir())
     assert f"in {len(files)} files would go to me/mine" in done.stdout
-    listed = json.loads(rlcs("publish", exported, "me/mine", "--dry-run", "--json").stdout)
-    assert rlcs("publish", exported, "me/mine", "--json").returncode == 2, (
+    listed = json.loads(apart("publish", exported, "me/mine", "--dry-run", "--json").stdout)
+    assert apart("publish", exported, "me/mine", "--json").returncode == 2, (
         "there is no list without --dry-run"
     )
     assert {each["path"]: each["size"] for each in listed["files"]} == {
@@ -295,12 +296,12 @@ def test_a_model_goes_to_the_hub_byte_by_byte(exported):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
         }
-        done = rlcs("publish", exported, "me/mine", **options)
+        done = apart("publish", exported, "me/mine", **options)
         assert done.returncode == 0 and "me/mine" in done.stdout, done.stderr
         assert hub.repos == {"me/mine": {"private": True, "type": "model"}}
         assert hub.files == {path.name: path.read_bytes() for path in exported.iterdir()}
         hub.refuse = 403
-        refused = rlcs("publish", exported, "me/mine", "--public", **options)
+        refused = apart("publish", exported, "me/mine", "--public", **options)
     assert (
         refused.returncode == 2
         and "the hub refuses it" in refused.stderr
@@ -309,7 +310,7 @@ def test_a_model_goes_to_the_hub_byte_by_byte(exported):
 
 
 def test_a_hub_that_cannot_be_reached_gets_a_sentence(exported):
-    done = rlcs("publish", exported, "me/mine", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    done = apart("publish", exported, "me/mine", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "me/mine: the hub cannot be used: " in done.stderr and "check the connection" in done.stderr
 
@@ -331,15 +332,15 @@ def test_surprising_files_are_refused(exported, tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("hf_" + "a" * 34 if name == "extra_config.json" else "x")
     (folder / "LICENSE").symlink_to("/etc/hostname")
-    done = rlcs("publish", folder, "me/mine", "--dry-run")
+    done = apart("publish", folder, "me/mine", "--dry-run")
     assert done.returncode == 2
     for name, why in {**surprises, "LICENSE": "a link to a file outside"}.items():
         assert re.search(rf"{re.escape(name)}: [^;]*{why}", done.stderr), (name, done.stderr)
     for name in ("optimizer.safetensors", ".env", "notes.txt", "pytorch_model.bin", "kept.jsonl", "LICENSE"):
         (folder / name).unlink()
     shutil.rmtree(folder / "checkpoints")
-    only_secret = rlcs("publish", folder, "me/mine", "--dry-run", "--allow", "*")
+    only_secret = apart("publish", folder, "me/mine", "--dry-run", "--allow", "*")
     assert only_secret.returncode == 2 and "1 files" in only_secret.stderr
     (folder / "extra_config.json").unlink()
-    assert rlcs("publish", folder, "me/mine", "--dry-run", "--allow", "*.png").returncode == 0
-    assert rlcs("publish", tmp_path, "me/mine", "--dry-run").returncode == 2
+    assert apart("publish", folder, "me/mine", "--dry-run", "--allow", "*.png").returncode == 0
+    assert apart("publish", tmp_path, "me/mine", "--dry-run").returncode == 2
