@@ -178,14 +178,14 @@ def test_attention(setting, monkeypatch):
     assert not found.ok and found.fix == "set model.attention=dense" and "float32: off by" in found.message
 
 
-def shifted(tree):
+def shifted(tree, shape):
     positions = packing.trunk_positions(tree.prompt)
     restart = int(positions.max()) + 2
     texts = [torch.arange(restart, restart + len(b.ids)).expand(3, -1) for b in tree.branches]
     return torch.cat([positions, *texts], dim=1)
 
 
-def without_rows_and_columns(tree):
+def without_rows_and_columns(tree, shape):
     count = len(tree.prompt.ids)
     texts = [torch.arange(count, count + len(b.ids)) for b in tree.branches]
     return torch.cat([torch.arange(count), *texts]).expand(3, -1)
