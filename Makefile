@@ -61,7 +61,7 @@ $(OLDEST_VENV)/.stamp: pyproject.toml $(OLDEST_CONSTRAINTS)
 	touch $@
 
 test-oldest: $(OLDEST_VENV)/.stamp  ## the tests with the oldest versions of the dependencies
-	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # Each distribution is installed into an environment of its own, and used from a folder that is not the repository.
 # The bill of materials (CycloneDX) lists what the wheel brought with it.
@@ -80,9 +80,10 @@ release: $(VENV)/.stamp-dev  ## wheel, sdist and bill of materials into dist/, e
 types: $(VENV)/.stamp-dev  ## mypy, strict
 	$(BIN)/mypy
 
-# One thread a worker: as many workers as cores, and sums in the same order on every machine.
+# One thread a worker: as many workers as cores, and sums in the same order on every machine. The longest files
+# come first (tests/conftest.py).
 pytest: $(VENV)/.stamp-dev  ## the tests alone
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Two processes at most: each of several hundred kills starts real training. The longest modules come first.
 test-faults: $(VENV)/.stamp-dev  ## every fault, killed at every file event; writes docs/reliability.md (an hour)

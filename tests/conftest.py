@@ -26,6 +26,19 @@ from rlcs.storage import file_sum, write_manifest
 pytest_plugins = ("faults_table",)
 
 
+LONGEST = (
+    "docs_run", "pipeline", "distributed", "families", "grpo", "engine_check", "vllm_engine", "plan_memory",
+    "doctor_gpu", "notebook", "publish", "walks", "train",
+)  # fmt: skip
+"""The files of tests that take longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first: with several processes none is then left alone with one of them."""
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 def pytest_collection_finish() -> None:
     """Leave modules and tests out of later garbage collections, of which every run makes several."""
     gc.collect()

@@ -56,26 +56,21 @@ def recipe_of(*words: str, name: str = "quickstart"):
 def test_cells_in_order_and_what_they_share():
     recipe = recipe_of("sft.batch_size=32", "sft.epochs=4", "seed=5")
     cells = plan(Wanted(seeds=2), recipe, {"distilled": 1400, "reflection": 1280})
-    assert len(cells) == 2 * (1 + 3 * 3 * 2)
+    assert len(cells) == 2 * (1 + 2 * 3 * 2)
     first, second, *rest = cells
-    assert first.name == "none-seed-5" and cells[19].name == "none-seed-6"
+    assert first.name == "none-seed-5" and cells[13].name == "none-seed-6"
     # The most that all kinds have, twice the recipe's epochs: 8 * 1280 / 32.
     assert second.name == "distilled-1280-seed-5-steps-320"
-    assert [c.steps for c in rest[:2]] == [160, 40] and {c.demonstrations for c in rest} == {
-        0,
-        1280,
-        640,
-        160,
-    }
+    assert [c.steps for c in rest[:2]] == [160, 40] and {c.demonstrations for c in rest} == {0, 1280, 160}
     # One SFT for all lengths of a kind, a number and a seed.
-    assert len({cell.sft for cell in cells if cell.chain != "none"}) == 2 * 3 * 2
+    assert len({cell.sft for cell in cells if cell.chain != "none"}) == 2 * 2 * 2
     named = plan(Wanted(demonstrations=(50, 9999), epochs=(1, 1.01), seeds=1), recipe, {"given": 300})
     assert [(c.demonstrations, c.steps) for c in named] == [(0, 0), (300, 10), (50, 2)]
 
 
 def test_the_recipe_of_the_study():
     recipe = recipe_of()
-    assert recipe.grpo.steps == 40 and recipe.validation.grpo_every == 20
+    assert recipe.grpo.steps == 30 and recipe.validation.grpo_every == 15
     assert recipe.sft.optimizer.schedule == "constant"
     own = recipe_of("grpo.steps=7", "sft.optimizer.schedule=cosine", "validation.problems=50")
     assert own.grpo.steps == 7 and own.validation.grpo_every == 4

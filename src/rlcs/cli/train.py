@@ -71,7 +71,7 @@ class ColdStartOptions(RunOptions):
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/NAME-coldstart")] = None
     demonstrations: Annotated[
         str | None,
-        typer.Option(callback=_counts, help="Numbers to try, as in 200,600; default: all, 1/2, 1/8"),
+        typer.Option(callback=_counts, help="Numbers to try, as in 200,600; default: all, 1/8"),
     ] = None
     epochs: Annotated[
         str | None,

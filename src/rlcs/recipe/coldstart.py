@@ -22,7 +22,7 @@ GIVEN = "given"
 """The kind of demonstrations that the data has."""
 CHAINS: tuple[str, ...] = get_args(Teacher.model_fields["chain"].annotation)
 """The kinds that a teacher can write."""
-_SHARES = (1, 1 / 2, 1 / 8)
+_SHARES = (1, 1 / 8)
 """Shares of the demonstrations that are tried where no numbers are named."""
 _LENGTHS = (1 / 4, 1, 2)
 """Lengths of SFT that are tried where none are named, as multiples of `sft.epochs`."""
@@ -64,11 +64,11 @@ class Cell:
 def study_words(name: str, overrides: Sequence[str]) -> list[str]:
     """The overrides of a recipe in this study: its own values, and behind them those of the command line.
 
-    Lengths of one SFT can be compared if they end at the same learning rate; RL gets a third of its steps.
+    Lengths of one SFT can be compared if they end at the same learning rate; RL gets a quarter of its steps.
     """
     own = ["validation.grpo_every=1", "sft.handover.rule=last"]  # see `prepared`
     steps = load_recipe(name, [*own, *overrides]).recipe.grpo.steps
-    own += ["sft.optimizer.schedule=constant", f"grpo.steps={math.ceil(steps / 3)}"]
+    own += ["sft.optimizer.schedule=constant", f"grpo.steps={math.ceil(steps / 4)}"]
     return [*own, *overrides]
 
 
@@ -137,7 +137,7 @@ def lengths_of(wanted: Wanted, recipe: Recipe) -> tuple[float, ...]:
 
 def described(wanted: Wanted, recipe: Recipe) -> str:
     """The grid in words, for the table before a run."""
-    counts = [f"{count:,}" for count in wanted.demonstrations] or ["all", "1/2", "1/8"]
+    counts = [f"{count:,}" for count in wanted.demonstrations] or ["all", "1/8"]
     lengths = ", ".join(f"{epochs:g}" for epochs in lengths_of(wanted, recipe))
     chains = ", ".join(wanted.chains) or "of the data or the recipe's teacher"
     ends = "; a cell that cannot become the best ends in the middle of RL" if wanted.early_stop else ""
