@@ -73,15 +73,21 @@ def server(vlm, chat, *, faults=(), change=lambda reply: reply):
 
 
 def packs_of(chat):
-    """Two packs: an image and two, a text, and an answer that forks."""
+    """Two packs: an image, two with answers that begin alike, and a text with an answer that forks."""
     plain = [Branch(ids=ids, weights=(1.0,) * len(ids)) for ids in ((30, 31, 32), (40, 41))]
     forked = [Branch(ids=(30, 31), weights=(1.0, 1.0)), Branch(ids=(50,), weights=(1.0,), parent=0)]
+    alike = [Branch(ids=(*range(30, 50), last), weights=(1.0,) * 21) for last in (60, 61)]
     trees = [
-        Tree(prompt=chat.prompt(make_problem(name, sizes=sizes)), branches=tuple(branches))
+        Tree(
+            prompt=chat.prompt(make_problem(name, sizes=sizes)),
+            branches=tuple(branches),
+            merges=branches is alike,
+        )
         for name, sizes, branches in (
-            ("a", ((56, 84),), plain), ("b", ((84, 56), (56, 56)), plain), ("c", (), forked)
+            ("a", ((56, 84),), plain), ("b", ((84, 56), (56, 56)), alike), ("c", (), forked)
         )
     ]  # fmt: skip
+    assert trees[1].num_tokens == len(trees[1].prompt.ids) + 22
     return [pack(trees[:2], chat.patches), pack(trees[2:], chat.patches)], trees
 
 

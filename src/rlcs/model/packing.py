@@ -106,7 +106,8 @@ class Pack:
 
     def of_targets(self, different: Tensor) -> Tensor:
         """From (U, ...) of different targets to (N, ...) of all."""
-        return different if self.shared is None else different.index_select(0, self.shared)
+        # Indexing adds gradients up in a fixed order on every device, as `index_select` does not on GPUs.
+        return different if self.shared is None else different[self.shared]
 
     def to(self, device: torch.device) -> "Pack":
         """The same pack with its tensors on `device`."""
