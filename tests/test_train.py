@@ -452,6 +452,28 @@ def group_of(chat, name, rewards, settings):
     return make_group(problem, chat.prompt(problem), rollouts, grades, settings)
 
 
+def test_answers_that_begin_alike_are_learnt_from_once_and_to_the_same_end(random_model_folder):
+    settings, beginning = Grpo(**SMALL), tuple(range(30, 54))
+    vlm, chat = fresh(random_model_folder)
+    groups = []
+    for name, rewards in (("a", (1.0, 0.0, 0.0)), ("b", (0.0, 0.0, 1.0))):
+        group = group_of(chat, name, rewards, settings)
+        rollouts = (replace(r, ids=(*beginning, *r.ids), logprobs=(-1.0,) * 27) for r in group.rollouts)
+        groups.append(replace(group, rollouts=tuple(rollouts)))
+    context = GrpoContext(vlm=vlm, reference=None, chat=chat, engine=None, grader=None)
+    learner = Learner(Trainer(vlm, settings.optimizer, steps=1, max_bad_steps=1), context, settings, Clock())
+    learner.add(list(enumerate(groups)))
+    [merged] = learner.finish()
+    other, _ = fresh(random_model_folder)
+    context = replace(context, vlm=other)
+    trainer = Trainer(other, settings.optimizer, steps=1, max_bad_steps=1)
+    batches = make_batches([tree_of(group) for group in groups], context, settings)
+    apart = trainer.step(batches, make_objective(settings), average="token")
+    assert (merged.targets, apart.tokens - merged.tokens) == (apart.targets, 2 * 2 * len(beginning))
+    assert merged.loss == pytest.approx(apart.loss, abs=1e-6)
+    assert merged.grad_norm == pytest.approx(apart.grad_norm, rel=1e-4)
+
+
 def test_unscored_rollouts_leave_the_group(chat):
     group = group_of(chat, "u", [1.0, None, 0.0], Grpo(**SMALL))
     assert group.advantages[1] is None
