@@ -1,7 +1,6 @@
 """Weights that are damaged or spoilt by training: a sentence and no exit code 0, whatever the command."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import warm
 from rlcs.engines.decoding import DecodingBatch
 from rlcs.errors import ModelError, TrainingError
 from rlcs.model import loading
@@ -58,9 +58,7 @@ def test_dead_weights_are_refused_when_they_are_loaded(kind, tmp_path):
 def test_generate_with_dead_weights_fails(tmp_path):
     folder = damaged(tmp_path / "model", DAMAGE["NaN"][0])
     words = ["generate", str(folder), "What is 2 + 2?"]
-    done = subprocess.run(
-        [sys.executable, "-m", "rlcs", *words], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = warm.run([sys.executable, "-m", "rlcs", *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "not all finite" in done.stderr and "Traceback" not in done.stderr, (
         done.stderr
     )

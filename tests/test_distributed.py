@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import distributed_worker
+import warm
 from rlcs.distributed import ALONE, World, join_world
 from rlcs.errors import UserError
 from rlcs.model import loading
@@ -108,7 +109,7 @@ def free_port() -> int:
 def launch(size: int, path: Path, worker: Path = WORKER) -> list[subprocess.Popen[str]]:
     port = free_port()
     return [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, "-W", "ignore", str(worker), str(path)],
             env=environment(rank, size, port),
             stderr=subprocess.PIPE,
@@ -330,9 +331,7 @@ def stopped_and_finished(words: list[str], started: Path) -> tuple[str, str]:
         "200",
     ]
     options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
-    study = subprocess.Popen(
-        [*start, *run, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )
+    study = warm.Popen([*start, *run, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     try:
         wait_for(started)
         study.send_signal(signal.SIGTERM)
@@ -342,7 +341,7 @@ def stopped_and_finished(words: list[str], started: Path) -> tuple[str, str]:
     assert error.count("stopped as asked") == 1, error
     step = max(complete(started.parent / "checkpoints"))
     assert (started.parent / "checkpoints" / f"step-{step:06d}" / "model-1.safetensors").is_file()
-    subprocess.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
+    warm.run([*start, *words], check=True, capture_output=True, timeout=LIMIT_S, **options)
     return said, error
 
 

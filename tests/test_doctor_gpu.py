@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import warm
 from rlcs import storage
 from rlcs.cli.main import app
 from rlcs.doctor.gpu import (
@@ -150,7 +150,7 @@ def test_the_ranks_of_torchrun_check_together(fakes, tmp_path):
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
     command += [free_port(), str(script), str(tmp_path / "result")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    done = warm.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     content = json.loads((tmp_path / "result0").read_text())
     assert content["ranks"] == 2 and [check["ok"] for check in content["checks"]] == [True, True, False]
@@ -191,9 +191,12 @@ def without_rows_and_columns(tree, shape):
     return torch.cat([torch.arange(count), *texts]).expand(3, -1)
 
 
+def test_trees(setting):
+    assert trees.check(setting).ok
+
+
 @pytest.mark.parametrize("positions", [shifted, without_rows_and_columns])
 def test_trees_with_wrong_positions(setting, monkeypatch, positions):
-    assert trees.check(setting).ok
     monkeypatch.setattr(packing, "_positions", positions)
     found = trees.check(setting)
     assert not found.ok and "nats" in found.message and found.fix

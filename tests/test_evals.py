@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from conftest import rlcs
 from loopback_server import LoopbackServer, last_text
 from rlcs.cli.train import _arm_lines
@@ -134,7 +135,7 @@ def test_a_killed_evaluation_goes_on_without_asking_twice(tmp_path):
     words = ["eval", "builtin", "--benchmarks", "mathvision", "--split", "testmini", "--data", "mini"]
     words += ["--out", "out", "--batch", "2", "--max-tokens", "24", "--prompt", "official"]
     path = tmp_path / "out" / "builtin" / "mathvision" / "predictions.jsonl"
-    process = subprocess.Popen(
+    process = warm.Popen(
         [sys.executable, "-W", "ignore", "-m", "rlcs", *words],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

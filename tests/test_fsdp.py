@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import distributed_worker
 import pretend_gpu
+import warm
 from fake_model import FakeSteps, FakeTree
 from rlcs.distributed import ALONE, World, join_world
 from rlcs.errors import UserError
@@ -65,7 +65,7 @@ def test_every_unit_is_offloaded_or_none(eight_ranks):
 def test_offloaded_shards_lie_in_main_memory_and_work_is_done_on_the_gpu():
     choices = [{"cpu_offload": offloaded, "compute_dtype": "bfloat16"} for offloaded in (False, True)]
     command = [sys.executable, "-W", "ignore", pretend_gpu.__file__, json.dumps(choices)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = warm.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     for memory, found in zip(("cuda", "cpu"), json.loads(done.stdout), strict=True):
         assert found["weights"] == found["optimizer"] == found["resumed"] == [memory]

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import rlcs
+import warm
 from conftest import draw
 from rlcs.cli.main import app
 from rlcs.data.images import encoded_image
@@ -147,7 +148,7 @@ def test_ctrl_c_keeps_what_was_answered(random_model_folder, pictures):
     words = ["generate", random_model_folder, "--input", source, "--output", out, "--max-tokens", 40]
     command = [sys.executable, "-m", "rlcs", *map(str, words), "--batch", "4"]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    process = subprocess.Popen(command, **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = warm.Popen(command, **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     end = time.monotonic() + 100
     while not out.exists() or out.stat().st_size < 3000:
         assert time.monotonic() < end and process.poll() is None, process.communicate()[1]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from conftest import draw, make_problem
 from loopback_server import LoopbackServer, last_text
 from rlcs.engines.local import LocalEngine
@@ -277,12 +277,12 @@ def test_killed_and_started_again_nothing_answered_is_asked_twice(tmp_path: Path
     with LoopbackServer(answer=last_text, faults={"is 7 ": ["500"]}, delay_s=0.03) as server:
         command = [sys.executable, "-W", "ignore", str(script), server.url, str(path)]
         for wanted in (60, 160):
-            process = subprocess.Popen(command)
+            process = warm.Popen(command)
             while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < wanted):
                 time.sleep(0.01)
             os.kill(process.pid, signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
-        subprocess.run(command, check=True)
+        warm.run(command, check=True)
         asked = Counter((last_text(body), body["seed"]) for body in server.seen)
         assert 300 <= len(server.seen) <= 300 + 1 + 2 * 2 * 8, "what was under way at a kill, and one fault"
         assert len(asked) == 300

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import warm
 from conftest import make_conversation, make_problem, rlcs
 from loopback_server import LoopbackServer, last_text
 from rlcs.errors import RecipeError
@@ -328,9 +329,7 @@ def test_a_killed_run_asks_nothing_twice_and_ends_as_the_unbroken_one(random_mod
         server.seen.clear()
         words = words_of(tmp_path / "killed", server, random_model_folder)
         command = [sys.executable, "-W", "ignore", "-m", "rlcs", *map(str, words)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-        )
+        process = warm.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
         replies = tmp_path / "killed" / "judge" / "replies.jsonl"
         deadline = time.monotonic() + 120
         while not replies.exists() or len(replies.read_bytes().splitlines()) < 5:

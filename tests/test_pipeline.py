@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+import warm
 from conftest import SMALL_STUDY, rlcs
 from loopback_server import LoopbackServer
 from rlcs.data import run_data
@@ -375,9 +376,7 @@ def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(finished, random_mod
         "sft_grpo/checkpoints/step-000001",
         "eval/base/predictions.jsonl",
     ):
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = warm.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while not (folder / landmark).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -403,7 +402,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(random_model_folder, tmp_path):
         str(folder),
         "sft.epochs=99",
     ]
-    process = subprocess.Popen(
+    process = warm.Popen(
         [sys.executable, "-W", "ignore", "-m", "rlcs", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,

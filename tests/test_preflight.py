@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import warm
 from conftest import SMALL_STUDY, make_problem, rlcs
 from loopback_server import LoopbackServer
 from rlcs.data.run_data import load_run_data
@@ -462,7 +462,7 @@ def test_every_server_that_takes_turns_with_a_rank_is_tried(random_model_folder,
     words += [f"model.name={random_model_folder}", "--dry-run", "--out", str(tmp_path / "run")]
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "rlcs", "run", "quickstart", *words]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    warm.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert (tmp_path / "started").read_text().split() == ["up", "up"]
 
 

@@ -14,6 +14,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
+import warm
 from conftest import SMALL_STUDY
 from loopback_server import LoopbackServer, last_text
 from rlcs.engines.vllm.process import Process
@@ -149,7 +150,7 @@ def test_a_run_writes_and_prints_no_key(tmp_path):
         commands = [distilled, *([*measured, "--out", str(tmp_path / name)] for name in ("eval", "refused"))]
         for words in commands:
             program = [sys.executable, "-m", "rlcs", *words]
-            done = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=tmp_path)
+            done = warm.run(program, capture_output=True, text=True, env=environment, cwd=tmp_path)
             assert "Traceback" not in done.stderr, done.stderr
             assert not leaks(done.stdout) and not leaks(done.stderr), done.stderr
         judged = [body for body in server.seen if body["model"] == "j"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from conftest import make_conversation
 from loopback_server import LoopbackServer, last_text, text_of
 from plain_grading import grade
@@ -250,13 +251,13 @@ def test_killed_and_resumed_it_ends_like_an_undisturbed_run(kills, tmp_path: Pat
         ]
 
     with LoopbackServer(answer=said) as server:
-        done = subprocess.run(command(server, tmp_path / "calm"), capture_output=True, text=True)
+        done = warm.run(command(server, tmp_path / "calm"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "right" in done.stdout and "kept" in done.stdout
     killed, samples = tmp_path / "killed/cold_start", tmp_path / "killed/cold_start/samples.jsonl"
     with LoopbackServer(answer=said, faults=faults, delay_s=0.05) as server:
         for kill in range(kills):
-            process = subprocess.Popen(command(server, tmp_path / "killed"), stdout=subprocess.DEVNULL)
+            process = warm.Popen(command(server, tmp_path / "killed"), stdout=subprocess.DEVNULL)
             wanted = (kill + 1) * 4 * count // (kills + 1)
             while process.poll() is None and (
                 not samples.exists() or samples.read_bytes().count(b"\n") < wanted
@@ -266,7 +267,7 @@ def test_killed_and_resumed_it_ends_like_an_undisturbed_run(kills, tmp_path: Pat
             assert process.wait() == -signal.SIGKILL
             answered = {(line["id"], line["index"]) for line in read_jsonl(samples)}
             assert len(answered) >= wanted
-        done = subprocess.run(command(server, tmp_path / "killed"), capture_output=True, text=True)
+        done = warm.run(command(server, tmp_path / "killed"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         most = 4 * count + len(faults) + kills * 2 * 64  # what was under way at a kill is asked again
         assert 4 * count <= len(server.seen) <= most

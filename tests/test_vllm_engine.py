@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import family_models
+import warm
 from conftest import LengthGrader, make_problem
 from rlcs.distributed import World
 from rlcs.engines.factory import open_engines
@@ -335,7 +336,7 @@ def test_servers_of_ours_die_with_us(tmp_path: Path, program: Path) -> None:
         print("up", flush=True)
         time.sleep(60)
     """)
-    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    trainer = warm.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout.readline() == "up\n"
     (server,) = [int(path.stem.partition("-")[2]) for path in tmp_path.glob("started-*.json")]
     assert alive(server)
@@ -423,7 +424,7 @@ def test_weights_lie_in_main_memory_where_it_has_room(tmp_path: Path, vlm: Vlm) 
         assert list(memory.iterdir())
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    killed = warm.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert killed.returncode == -signal.SIGKILL
     end = time.monotonic() + 10
     while list(memory.iterdir()) and time.monotonic() < end:
@@ -548,7 +549,7 @@ def sampled_by_two_ranks(program: Path, model: Path, folder: Path, *more: object
     port = free_port()
     command = [str(word) for word in (sys.executable, "-W", "ignore", WORKER, program, model, folder, *more)]
     ranks = [
-        subprocess.Popen(command, env=environment(rank, 2, port), stderr=subprocess.PIPE, text=True)
+        warm.Popen(command, env=environment(rank, 2, port), stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageOps
 from typer.testing import CliRunner
 
 import rlcs
+import warm
 from bench.hostile import serving
 from conftest import SMALL_STUDY
 from loopback_server import LoopbackServer
@@ -247,7 +248,7 @@ def test_a_judged_evaluation_survives_a_kill_and_ends_with_the_table(official, t
     with LoopbackServer(answer=lambda body: "B") as judge:
         words += ["--judge-model", "stub", "--judge-url", judge.url]
         first = out / "builtin" / "mathvision" / "predictions.jsonl"
-        process = subprocess.Popen(
+        process = warm.Popen(
             [sys.executable, "-m", "rlcs", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         until = time.monotonic() + 120
