@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench import charts, table
 from bench.pairs import Options
-from bench.shapes import HYBRID, SHAPES, THREADS, Shape, make_case
+from bench.shapes import HYBRID, SHAPES, THREADS, TRAINED, Case, Shape, make_case, trained_case
 from bench.sides import ask_once, steps_in_turns
 from bench.works import WORKS, rows_of
 
@@ -87,10 +87,13 @@ def write_docs(path: Path) -> None:
 
 
 def grpo_rows(options: argparse.Namespace) -> Iterator[list[table.Row]]:
-    """The rows of each shape of the GRPO step."""
-    for shape in SHAPES:
-        if not options.shape or shape.name in options.shape:
-            yield measure(shape, options.steps, cpu_time=options.cpu_time)
+    """The rows of each shape of the GRPO step; of a trained model's only where one is named."""
+    wanted = [shape for shape in SHAPES if not options.shape or shape.name in options.shape]
+    for shape in wanted:
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            yield measure(make_case(shape, Path(folder), options.steps, cpu_time=options.cpu_time))
+    if options.model != "builtin" and (not options.shape or TRAINED.name in options.shape):
+        yield measure(trained_case(TRAINED, options.model, options.steps, cpu_time=options.cpu_time))
 
 
 def work_rows(name: str, options: argparse.Namespace) -> list[table.Row]:
@@ -113,9 +116,13 @@ def arguments() -> argparse.Namespace:
     )
     says = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
     parser.add_argument("--work", action="append", choices=NAMES, help=f"only this one (default all). {says}")
-    parser.add_argument("--model", default="builtin", help="folder of a trained model, for rollouts and vllm")
+    parser.add_argument(
+        "--model", default="builtin", help="folder of a trained model, for grpo, rollouts and vllm"
+    )
     parser.add_argument("--steps", type=int, default=3, help="measured steps or rounds a side (default 3)")
-    parser.add_argument("--shape", action="append", help=f"of the GRPO step, only {[s.name for s in SHAPES]}")
+    parser.add_argument(
+        "--shape", action="append", help=f"of the GRPO step, only {[s.name for s in (*SHAPES, TRAINED)]}"
+    )
     parser.add_argument("--out", type=Path, default=LATEST, help="where the rows go")
     parser.add_argument(
         "--cpu-time", action="store_true", help="CPU seconds of one thread: for a busy machine"
@@ -148,17 +155,15 @@ def same_results() -> bool:
     return fine
 
 
-def measure(shape: Shape, steps: int, *, cpu_time: bool) -> list[table.Row]:
+def measure(case: Case) -> list[table.Row]:
     """All rows of one shape."""
     from transformers import AutoConfig
 
     from bench.limit import limit_of
 
     started, load = time.monotonic(), os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        case = make_case(shape, Path(folder), steps, cpu_time=cpu_time)
-        limit = limit_of(case, AutoConfig.from_pretrained(folder))
-        measured = steps_in_turns(case, ("peer", "ours"), memory=True)
+    limit = limit_of(case, AutoConfig.from_pretrained(case.folder))
+    measured = steps_in_turns(case, ("peer", "ours"), memory=True)
     theirs, mine = measured["peer"], measured["ours"]
     facts = {
         "peer": f"trl {version('trl')}",
@@ -169,7 +174,7 @@ def measure(shape: Shape, steps: int, *, cpu_time: bool) -> list[table.Row]:
     }
     rows = table.rows_of(case, limit, mine, theirs, facts)
     brief = {row["phase"]: row["ratio"] for row in rows}
-    print(f"{shape.name}: {brief} ({time.monotonic() - started:.0f} s)", flush=True)
+    print(f"{case.shape.name}: {brief} ({time.monotonic() - started:.0f} s)", flush=True)
     return rows
 
 

@@ -161,7 +161,7 @@ def memory(pids: Sequence[int]) -> dict[str, int]:
     for pid in pids:
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
-        except ProcessLookupError:
+        except (ProcessLookupError, FileNotFoundError):
             continue
         kinds = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
         sums["own"] += kinds["Pss_Anon"] + kinds["Pss_Shmem"]

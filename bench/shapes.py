@@ -6,7 +6,7 @@ sides. Both load the same folder and see the same problems in the same order.
 
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qw
 
 from rlcs.data import puzzles
 from rlcs.data.images import image_from_bytes
+from rlcs.engines.local import LocalEngine
+from rlcs.model import loading
 from rlcs.model.bins import within_budget
 from rlcs.model.chat import Chat
 from rlcs.model.families import FAMILIES
 from rlcs.model.images import ImagePipeline
 from rlcs.model.patches import FlatPatches
-from rlcs.recipe.schema import Prompts
+from rlcs.recipe.schema import Model, Prompts
 from rlcs.recipe.stages import Grpo
 from rlcs.records import ImageRef, Problem
 from tools import tiny_model
@@ -89,6 +91,17 @@ SHAPES = (
     _wide("unfavourable", group=8, trunk=60, side=112, answers=(250, 350)),
     _wide("hybrid", model=HYBRID, group=8, trunk=320, side=448, answers=(75, 75)),
 )
+TRAINED = Shape(
+    name="after a cold start",
+    says="the built-in model after the quickstart's SFT; answers as long as it makes them; G = 8; "
+    "64 prompts a step",
+    model="trained",
+    prompts=64,
+    group=8,
+)
+"""Answers of a trained model begin alike, which rlcs decodes and learns from once; needs a folder of one."""
+LONGEST_ANSWER = 96
+"""Tokens of a trained model's answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +157,7 @@ def grpo_settings(case: Case) -> Grpo:
             "prompts_per_step": case.shape.prompts,
             "group_size": case.shape.group,
             "max_new_tokens": case.longest,
+            "max_rows": max(case.shape.prompts * case.shape.group, Grpo().max_rows),
             "clip_low": 0.2,
             "clip_high": 0.2,
             "clip_dual": None,
@@ -181,14 +195,41 @@ def make_case(shape: Shape, folder: Path, steps: int, *, cpu_time: bool = False)
     lengths = {p.id: _lengths(shape, chat, p) for p in problems}
     for problem in problems[: shape.prompts]:
         lengths[problem.id] = tuple(max(2, n // 4) for n in lengths[problem.id])
+    return _case(shape, str(folder), chat, problems, lengths, cpu_time=cpu_time)
+
+
+def trained_case(shape: Shape, model: str, steps: int, *, cpu_time: bool = False) -> Case:
+    """A shape with the trained model of a folder: answers are as long as it makes them with SEED."""
+    vlm = loading.load(Model(name=model, dtype="float32"), device=loading.default_device())
+    chat = loading.make_chat(vlm)
+    engine = LocalEngine(vlm, chat, max_rows=shape.prompts * shape.group)
+    sampling = chat.sampling(n=shape.group, temperature=1.0, max_new_tokens=LONGEST_ANSWER, seed=SEED)
+    problems = _own_problems(shape.prompts * (1 + steps))
+    lengths: dict[str, tuple[int, ...]] = {}
+    for step in range(1 + steps):
+        own = problems[step * shape.prompts : (step + 1) * shape.prompts]
+        groups = engine.sample([chat.prompt(problem) for problem in own], sampling, step=step)
+        lengths |= {p.id: tuple(len(r.ids) for r in g) for p, g in zip(own, groups, strict=True)}
+    return _case(shape, str(loading.resolve(model)), chat, problems, lengths, cpu_time=cpu_time)
+
+
+def _case(
+    shape: Shape,
+    folder: str,
+    chat: Chat,
+    problems: Sequence[Problem],
+    lengths: dict[str, tuple[int, ...]],
+    *,
+    cpu_time: bool,
+) -> Case:
     prompts = {p.id: chat.prompt(p) for p in problems}
     trunks = {name: len(prompt.ids) for name, prompt in prompts.items()}
     patches = {name: sum(t * h * w for t, h, w in prompt.grids) for name, prompt in prompts.items()}
     sizes = [trunks[p.id] + sum(lengths[p.id]) for p in problems[-shape.prompts :]]
     return Case(
         shape=shape,
-        folder=str(folder),
-        steps=1 + steps,
+        folder=folder,
+        steps=len(problems) // shape.prompts,
         problems=tuple(problems),
         lengths=lengths,
         trunks=trunks,

@@ -1,5 +1,6 @@
 """The bench measures what it says: limits are arithmetic, lengths are forced, ratios are peer over ours."""
 
+import json
 import multiprocessing
 import subprocess
 import sys
@@ -14,8 +15,17 @@ from transformers import AutoConfig, Qwen2_5_VLConfig
 from bench import adapters, charts, limit, ours, pairs, table
 from bench.meter import Measured, Meter
 from bench.pairs import Options, Pair
-from bench.shapes import HYBRID, WARM_UP_TRUNK, Case, Shape, make_case, wide_model
-from bench.works import WORKS, grading, rollouts, rows_of, sweeps, vllm
+from bench.shapes import (
+    HYBRID,
+    LONGEST_ANSWER,
+    WARM_UP_TRUNK,
+    Case,
+    Shape,
+    make_case,
+    trained_case,
+    wide_model,
+)
+from bench.works import WORKS, checking, grading, rollouts, rows_of, sweeps, vllm
 from bench.works import loading as reading
 from rlcs.engines.vllm.weights import WeightsFolder
 from rlcs.grading.pool import GradePool
@@ -71,6 +81,17 @@ def test_the_hybrid_shape_is_one_of_gated_delta_nets(tmp_path):
     assert config.text_config.layer_types.count("linear_attention") == 6
     assert set(made.trunks.values()) == {WARM_UP_TRUNK, 90}
     assert 1 < limit.limit_of(made, config).exact < 3
+
+
+def test_a_trained_model_s_answers_are_as_long_as_it_makes_them(random_model_folder):
+    shape = Shape(name="t", says="", model="trained", prompts=2, group=2)
+    made = trained_case(shape, str(random_model_folder), 1, cpu_time=True)
+    assert made.folder == str(random_model_folder) and made.steps == 2
+    assert all(1 <= length <= LONGEST_ANSWER for lengths in made.lengths.values() for length in lengths)
+    here, there = multiprocessing.Pipe()
+    here.send(False), here.send(False)
+    ours.main(there, made)  # which asserts that the answers of its steps are so long
+    assert here.recv() == "ready" and isinstance(here.recv(), Measured)
 
 
 def _with(case: Case, **changes: object) -> Case:
@@ -229,6 +250,14 @@ def test_the_answers_that_are_graded_have_the_verdicts_that_are_known():
     with GradePool() as pool:
         assert grading.agreement(grading.by_rlcs(pool, answers), answers) == 1.0
     assert grading.agreement([False] * len(answers), answers) < 0.5
+
+
+def test_a_check_of_rows_is_timed_with_its_memory(tmp_path):
+    path = checking.write(tmp_path / "rows.jsonl", 10)
+    answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+    assert answers[1].startswith("\\frac{") and answers[3].endswith("\\pi") and answers[2] in "ABC"
+    seconds, peak = checking.checked(path)
+    assert 0 < seconds < 60 and 10 * 2**20 < peak < 2**30
 
 
 def test_both_readers_see_all_images_of_a_file(tmp_path):

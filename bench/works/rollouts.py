@@ -4,7 +4,7 @@ Our engine samples first, and its answers end where the model ends them; `genera
 the same lengths. So a trained model (`--model`) is measured at what it writes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -23,13 +23,12 @@ from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model
-from rlcs.recipe.stages import Grpo
 from rlcs.records import Problem, Prompt, Rollout, Sampling
 
 PROBLEMS, GROUP = 64, 8
 MAX_NEW_TOKENS = 96
-PEER_BATCHES = (64, 128, 512)
-"""Rows in one `generate`, of which the fastest is taken."""
+BATCHES = (64, 128, 512)
+"""Answers at once, of which each side's fastest is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +47,25 @@ def rows(options: Options) -> list[Row]:
     groups = ours(work)
     lengths = [len(rollout.ids) for group in groups for rollout in group]
     model = peer_model(options)
-    sides = {
-        size: partial(theirs, model, work.sampling, prepared(work, lengths, size)) for size in PEER_BATCHES
-    }
-    first = {
+    own_batch, own = _fastest({size: partial(ours, work, size) for size in BATCHES}, options)
+    batch, peer = _fastest(
+        {size: partial(theirs, model, work.sampling, prepared(work, lengths, size)) for size in BATCHES},
+        options,
+    )
+    pair = in_turns(own, peer, rounds=options.rounds, clock=options.clock)
+    return [_row(pair, lengths, work, own_batch, batch, options)]
+
+
+def _fastest(sides: Mapping[int, Callable[[], object]], options: Options) -> tuple[int, Callable[[], object]]:
+    """The number of answers at once with which a side is fastest in one round, and that side."""
+    seconds = {
         size: in_turns(side, None, rounds=1, clock=options.clock).seconds for size, side in sides.items()
     }
-    fastest = min(first, key=lambda size: first[size])
-    pair = in_turns(partial(ours, work), sides[fastest], rounds=options.rounds, clock=options.clock)
-    return [_row(pair, lengths, work, fastest, options)]
+    fastest = min(seconds, key=lambda size: seconds[size])
+    return fastest, sides[fastest]
 
 
-def _row(pair: Pair, lengths: Sequence[int], work: Work, batch: int, options: Options) -> Row:
+def _row(pair: Pair, lengths: Sequence[int], work: Work, own_batch: int, batch: int, options: Options) -> Row:
     assert pair.peer_seconds is not None, "both sides were measured"
     tokens = sum(lengths)
     trunk = sum(len(prompt.ids) for prompt in work.prompts) / len(work.prompts)
@@ -70,7 +76,7 @@ def _row(pair: Pair, lengths: Sequence[int], work: Work, batch: int, options: Op
         peer=f"transformers {version('transformers')} generate, {batch} rows at once",
         pair=pair,
         says=f"{len(work.prompts)} problems x {GROUP} answers; trunks of {trunk:.0f} tokens, answers of "
-        f"{tokens / len(lengths):.0f} (longest {max(lengths)})",
+        f"{tokens / len(lengths):.0f} (longest {max(lengths)}); {own_batch} answers at once",
         answer_tokens_per_s=round(tokens / pair.seconds, 1),
         peer_answer_tokens_per_s=round(tokens / pair.peer_seconds, 1),
     )
@@ -90,9 +96,9 @@ def problems(count: int) -> tuple[Problem, ...]:
     return puzzles.load("puzzles", split="train", count=count, seed=2, levels=(1, 2))
 
 
-def ours(work: Work) -> list[tuple[Rollout, ...]]:
+def ours(work: Work, max_rows: int = BATCHES[-1]) -> list[tuple[Rollout, ...]]:
     """Every group by the local engine, as a step of GRPO asks for them."""
-    engine = LocalEngine(work.vlm, work.chat, max_rows=Grpo().max_rows)
+    engine = LocalEngine(work.vlm, work.chat, max_rows=max_rows)
     return engine.sample(work.prompts, work.sampling)
 
 
