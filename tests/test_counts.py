@@ -11,10 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch.profiler import ProfilerActivity, profile
 
 from conftest import LengthGrader, make_problem
 from rlcs.data import puzzles
 from rlcs.engines.local import LocalEngine
+from rlcs.model.packing import pack
+from rlcs.doctor.gpu.models import random_tree
+from rlcs.model.policy import score
 from rlcs.progress import screen
 from rlcs.recipe.stages import Grpo, Sft
 from rlcs.records import Demonstration
@@ -36,6 +40,10 @@ BYTES_OF_A_STEP = 1_000
 """Written by a step of SFT that saves nothing: its line of metrics."""
 BYTES_OF_AN_ANSWER = 1_000
 """Written by a step of GRPO that saves nothing, for each answer: text and metrics."""
+ALLOCATED_OF_A_POSITION = 95_000
+"""Bytes that torch takes for each position of a decoding pass of the random model; most are given back."""
+ALLOCATED_OF_A_TOKEN = 150_000
+"""Bytes that torch takes in forward and backward for each token of a tree of the random model."""
 
 
 @contextmanager
@@ -57,6 +65,14 @@ def bytes_written() -> int:
     """By this process until now, to whatever (Linux)."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["wchar"])
+
+
+def allocated(work) -> int:
+    """Bytes that torch takes from the system's memory while it works, given back or not."""
+    work()  # what is made at first use
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    return sum(max(0, each.self_cpu_memory_usage) for each in found.key_averages())
 
 
 class Steps:
@@ -107,6 +123,16 @@ def test_hardly_a_position_is_computed_in_vain(vlm, chat, prompts, max_rows):
     assert sum(passes) <= POSITIONS_OF_A_USEFUL_TOKEN * useful
 
 
+def test_a_decoding_pass_takes_no_more_memory_for_a_position(vlm, chat, prompts):
+    engine = LocalEngine(vlm, chat, max_rows=64)
+
+    def sampled(tokens):
+        engine.sample(prompts, chat.sampling(n=8, max_new_tokens=tokens, seed=1))
+
+    more = allocated(lambda: sampled(30)) - allocated(lambda: sampled(10))  # without the prompts' pass
+    assert more <= ALLOCATED_OF_A_POSITION * len(prompts) * 8 * (30 - 10)
+
+
 def test_an_image_is_encoded_once_for_all_answers(vlm, chat, prompts):
     with tower_runs(vlm) as encoded:
         rollouts(vlm, chat, prompts, max_rows=16)
@@ -143,6 +169,16 @@ def test_sft_computes_each_token_and_each_image_once(vlm, chat, tmp_path):
     [of_an_image] = {patches([tree.prompt]) for tree in trees}
     assert after[1] - before[1] <= 8 * of_an_image
     assert after[2] - before[2] <= 2 * BYTES_OF_A_STEP
+
+
+def test_a_pack_takes_no_more_memory_for_a_token(vlm, chat, prompts):
+    trees = [random_tree(chat, [], [30] * 8, seed=seed) for seed in range(4)]
+    packed = pack(trees, chat.patches)
+
+    def learn():
+        score(vlm, packed).logprobs.sum().backward()
+
+    assert allocated(learn) <= ALLOCATED_OF_A_TOKEN * packed.num_tokens
 
 
 class Watched(LocalEngine):
