@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from conftest import LengthGrader, make_problem
 from rlcs.data import puzzles
+from rlcs.doctor.gpu.models import random_tree
 from rlcs.engines.local import LocalEngine
 from rlcs.model.packing import pack
-from rlcs.doctor.gpu.models import random_tree
 from rlcs.model.policy import score
 from rlcs.progress import screen
 from rlcs.recipe.stages import Grpo, Sft
