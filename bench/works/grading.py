@@ -4,7 +4,6 @@ Peers are called as their users call them: math-verify parses both sides and com
 and compares. How often each gives the known verdict stands beside the seconds.
 """
 
-import importlib.util
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,9 @@ def rows(options: Options) -> list[Row]:
     """One row a peer."""
     numbers = count()
     with GradePool() as pool:
-        return [_row(name, partial(by_rlcs, pool), side, numbers, options) for name, side in peers().items()]
+        ours = partial(by_rlcs, pool)
+        peers = {"math-verify": by_math_verify, "mathruler": by_mathruler}
+        return [_row(name, ours, side, numbers, options) for name, side in peers.items()]
 
 
 Side = Callable[[Sequence[Answer]], list[bool]]
@@ -69,12 +70,6 @@ def _row(name: str, ours: Side, theirs: Side, numbers: Iterator[int], options: O
         right_verdicts=f"{statistics.mean(agreed['ours']):.1%}",
         peer_right_verdicts=f"{statistics.mean(agreed['theirs']):.1%}",
     )
-
-
-def peers() -> dict[str, Side]:
-    """The peers that are installed, by package."""
-    known: dict[str, Side] = {"math-verify": by_math_verify, "mathruler": by_mathruler}
-    return {name: side for name, side in known.items() if importlib.util.find_spec(name.replace("-", "_"))}
 
 
 def by_rlcs(pool: GradePool, answers: Sequence[Answer]) -> list[bool]:
