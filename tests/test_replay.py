@@ -3,12 +3,11 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from rlcs.cli.main import app
+from conftest import rlcs
 from rlcs.data.run_data import RunData
 from rlcs.doctor.health import examine
-from rlcs.errors import RlcsError, UserError
+from rlcs.errors import UserError
 from rlcs.pipeline import replay
 from rlcs.pipeline.replay import Collapse, Replay, changes, find_collapse
 from rlcs.progress import Output
@@ -27,22 +26,14 @@ SHORT = (
 )  # fmt: skip
 
 
-def rlcs(*words):
-    result = CliRunner().invoke(app, [*map(str, words)])
-    if isinstance(result.exception, RlcsError):
-        return result.exception.exit_code, str(result.exception)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of RL from the built-in model with a learning rate that is much too high."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collapse, "LEAD", 4)  # so that a checkpoint counts
-        code, text = rlcs("grpo", "quickstart", "--quiet", "--out", folder, *SHORT)
-    assert code == 0 and "finds out what prevents it" in text, text
+        done = rlcs("grpo", "quickstart", "--quiet", "--out", folder, *SHORT)
+    assert done.returncode == 0 and "finds out what prevents it" in done.stdout + done.stderr, done
     return folder
 
 
@@ -58,8 +49,8 @@ def test_the_unchanged_replay_collapses_and_the_right_change_prevents_it(run, mo
     files = sorted(path for path in run.rglob("*"))
 
     monkeypatch.setattr(replay, "changes", few)
-    code, text = rlcs("doctor", run, "--replay")
-    assert code == 0, text
+    done = rlcs("doctor", run, "--replay")
+    assert done.returncode == 0, done
     result = read_json(run / "grpo" / "collapse" / f"step-{crossing['step']:06d}" / "replay.json")
     unchanged, tenth, policy = result["outcomes"]
     assert result["repeats"] and not unchanged["held"]
@@ -68,7 +59,10 @@ def test_the_unchanged_replay_collapses_and_the_right_change_prevents_it(run, mo
     assert unchanged["value"] == collapse.last_mean(rows, crossing["key"]), "step by step as it was"
     assert tenth["held"] and not tenth["other"] and not policy["held"]
     assert [fix["words"] for fix in result["fixes"]] == [["grpo.optimizer.lr=0.002"]]
-    assert "learning rate a tenth prevents it: grpo.optimizer.lr=0.002" in text and "(reward " in text
+    assert (
+        "learning rate a tenth prevents it: grpo.optimizer.lr=0.002" in done.stdout
+        and "(reward " in done.stdout
+    )
     [after] = [finding for finding in examine(run) if "collapse" in finding.name][:1]
     assert after.fix == "grpo.optimizer.lr=0.002"
     left = set(run.rglob("*")) - set(files)
@@ -132,16 +126,16 @@ def test_the_collapse_of_a_trial_that_lost_is_found_with_where_to_look(tmp_path)
 
 
 def test_a_run_without_a_collapse_and_no_run_are_refused_in_words(tmp_path):
-    code, text = rlcs("doctor", tmp_path, "--replay")
-    assert code == 2 and "nothing to replay" in text
+    done = rlcs("doctor", tmp_path, "--replay")
+    assert done.returncode == 2 and "nothing to replay" in done.stderr
     kept = tmp_path / "grpo" / "collapse" / "step-000009"
     kept.mkdir(parents=True)
     crossing = Crossing(step=9, key="kl", name="KL", form="{:.2f}", value=2.0, limit=1.5)
     (kept / "crossing.json").write_text(json.dumps(to_row(crossing)))
     assert find_collapse(tmp_path, 9).crossing == find_collapse(tmp_path).crossing == crossing
-    code, text = rlcs("doctor", tmp_path, "--replay", "--step", 8)
-    assert code == 2 and "in step 8 of this run" in text
-    code, text = rlcs("doctor", "--replay")
-    assert code == 2 and "rlcs doctor RUN --replay" in text
-    code, text = rlcs("doctor", tmp_path, "--step", 9)
-    assert code == 2 and "add --replay" in text
+    done = rlcs("doctor", tmp_path, "--replay", "--step", 8)
+    assert done.returncode == 2 and "in step 8 of this run" in done.stderr
+    done = rlcs("doctor", "--replay")
+    assert done.returncode == 2 and "rlcs doctor RUN --replay" in done.stderr
+    done = rlcs("doctor", tmp_path, "--step", 9)
+    assert done.returncode == 2 and "add --replay" in done.stderr

@@ -1,21 +1,17 @@
 """One name for a model everywhere: runs, stages, finished models, checkpoints, and what is refused."""
 
-import io
 import json
 import re
 import shutil
-import sys
-from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import rlcs as api
-from conftest import SMALL_STUDY, seal
-from rlcs.cli.main import main
+from conftest import SMALL_STUDY, rlcs, seal
 from rlcs.data import puzzles
 from rlcs.data.run_data import load_run_data
 from rlcs.errors import CheckpointError, ModelError, RlcsError, RunFolderError, UserError
@@ -51,17 +47,6 @@ SMALL = [
 
 ODD = Path(__file__).with_name("odd_reward.py")
 """A reward that differs even among the answers of a random model."""
-
-
-def rlcs(*words) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command, in this process."""
-    code, out, errors = 0, io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(errors), patch.object(sys, "argv", ["rlcs", *map(str, words)]):
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    return code, out.getvalue(), errors.getvalue()
 
 
 def trained(folder, source, *more):
@@ -321,23 +306,22 @@ def test_a_run_starts_from_another_run(run, tmp_path):
 
 
 def test_the_commands_take_a_run_and_a_step(run, tmp_path):
-    code, out, errors = rlcs("generate", f"{run}@2", "2 + 2?", "--max-tokens", "4", "--json")
-    assert code == 0 and json.loads(out)["tokens"] <= 4, errors
-    code, out, errors = rlcs("export", run, "--step", "3", "--arm", "sft", "--out", tmp_path / "model")
-    assert code == 0, errors
+    done = rlcs("generate", f"{run}@2", "2 + 2?", "--max-tokens", "4", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["tokens"] <= 4, done.stderr
+    done = rlcs("export", run, "--step", "3", "--arm", "sft", "--out", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
     assert same(weights(tmp_path / "model"), weights(loading.resolve(f"{run}/sft@3")))
     for verb in (["generate", f"{run}@9", "2?"], ["export", run, "--step", 9, "--out", tmp_path / "no"]):
-        code, out, errors = rlcs(*verb)
-        assert code == 2 and f"{run}/sft_grpo@2" in errors, errors
-    code, out, errors = rlcs("look", "quickstart", f"model.name={run}@2")
-    assert code == 0, errors
-    for name in (run, run / "sft"):
-        code, looked, errors = rlcs("look", name)
-        assert code == 0 and out == looked, errors  # the run's recipe has the same data
-    code, out, errors = rlcs("publish", run, "me/mine", "--dry-run")
-    assert code == 0 and "files would go to me/mine" in out, errors
-    assert "do not name" not in errors, "its card names the repository"
-    assert "no exported folder" in rlcs("publish", run.parent, "me/mine", "--dry-run")[2]
+        done = rlcs(*verb)
+        assert done.returncode == 2 and f"{run}/sft_grpo@2" in done.stderr, done.stderr
+    looked = rlcs("look", "quickstart", f"model.name={run}@2")
+    assert looked.returncode == 0, looked.stderr
+    for name in (run, run / "sft"):  # the run's recipe has the same data
+        assert replace(looked, stderr="") == replace(rlcs("look", name), stderr="")
+    done = rlcs("publish", run, "me/mine", "--dry-run")
+    assert done.returncode == 0 and "files would go to me/mine" in done.stdout, done.stderr
+    assert "do not name" not in done.stderr, "its card names the repository"
+    assert "no exported folder" in rlcs("publish", run.parent, "me/mine", "--dry-run").stderr
 
 
 def test_an_answer_of_other_weights_is_not_taken_for_one_of_these(run):
