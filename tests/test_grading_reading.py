@@ -201,3 +201,9 @@ def test_a_plain_number_is_read_at_once_as_the_long_way_reads_it(text: str) -> N
 @pytest.mark.parametrize("text", ["1e5", "1,000", ".5", "5.", "+5", "٣", "5 ", "1/2", "5%", "", "-", "1\n"])
 def test_what_is_no_plain_number(text: str) -> None:
     assert not reading.is_plain_number(text)
+
+
+def test_a_space_before_an_answer_does_not_make_it_be_read_again():
+    """`rlcs data check` compares a million gold answers with themselves."""
+    value, known = reading.read(r"\frac{71}{9} k"), reading._whole_value.cache_info().hits
+    assert reading.read(r"~\frac{71}{9} k") is value and reading._whole_value.cache_info().hits == known + 1

@@ -185,7 +185,8 @@ def _values(point: _Point, a: Node, b: Node) -> tuple[Any, Any] | None:
     for bits in (_BITS, 8 * _BITS):
         at = _At(point, bits)
         try:
-            values = at.value(a), at.value(b)
+            value = at.value(a)
+            values = value, value if b is a else at.value(b)
         except _NO_VALUE:
             return None
         if at.lost * 8 <= bits:

@@ -107,6 +107,12 @@ def _read_tokens(text: str) -> Value:
     tokens = _without_parameter(_peeled(_strip(tokenise(text))))
     if len(tokens) > MAX_TOKENS or depth_of(tokens) > MAX_DEPTH:
         return Text(source=latex(tokens), words=plain_words(text))
+    return _whole_value(tuple(tokens))
+
+
+@lru_cache(maxsize=256)
+def _whole_value(tokens: tuple[Token, ...]) -> Value:
+    """Read what is left of an answer; a text and the same with a space before it are read once."""
     if name := _SETS_IN_WORDS.get(spoken(tokens).lower()):
         tokens = [Token("command", name)]
     if bearing := _BEARING.fullmatch(spoken(tokens)):
