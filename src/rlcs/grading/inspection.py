@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
+from rlcs.grading.answers import decide
 from rlcs.grading.choices import chosen, without_label
-from rlcs.grading.compare import same
+from rlcs.grading.compare import Verdict, same
 from rlcs.grading.extraction import extract
 from rlcs.grading.golds import unwrap
 from rlcs.grading.reading import is_plain_number, read, spelled
@@ -26,6 +29,32 @@ _TORN = re.compile(
 )
 """An answer that ends where something must follow: `x = 2 or`, `3 +`."""
 _SHOWN = 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Doubt:
+    """A gold answer that math-verify must judge, or that is not right as an answer to itself.
+
+    `verdict` is the one on itself, `parts` are the formulas that math-verify must be able to read.
+    """
+
+    verdict: Verdict
+    parts: tuple[tuple[str, str], ...]
+
+
+@lru_cache(maxsize=4096)
+def inspect_gold(gold: str, choices: tuple[str, ...] = ()) -> str | Doubt | None:
+    """Why no answer can match a gold answer, or what is in doubt about it; None: an answer can match it.
+
+    It is compared with itself, written with one more space so that it must be read.
+    """
+    if not choices and is_plain_number(gold):
+        return None
+    if fault := gold_fault(gold, choices):
+        return fault
+    verdict = decide(f"~{unwrap(gold).text}", gold, choices)
+    parts = tuple(formulas_of(gold, choices))
+    return Doubt(verdict=verdict, parts=parts) if parts or not verdict.correct else None
 
 
 def gold_fault(gold: str, choices: Sequence[str] = ()) -> str:
