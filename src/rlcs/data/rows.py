@@ -90,6 +90,8 @@ class RowReader:
     """Reads the rows of one table; detects duplicate ids, and holds each image once.
 
     `notes` counts what a user should know: the layout, columns that differ, columns that are not read.
+    `ids` are those of the rows so far, and where these are. `looks_back`: a row may show the image of another
+    row before it, so that it cannot be read without that.
     """
 
     def __init__(
@@ -106,13 +108,11 @@ class RowReader:
 
         Raises DataError when the table is known to lack a column that every row needs.
         """
-        self.notes = RowNotes()
+        self.forget()
         self._table = table
         self._as_given = settings.answers == "as_given"
         self._system = settings.system
         self._role = role
-        self._ids: dict[str, str] = {}
-        self._pictures: dict[str, tuple[ImageRef, ...]] = {}
         self._images = RowImages(
             folders=table.folders, roots=table.roots, limit=limit, decode=decode, store=store
         )
@@ -122,6 +122,13 @@ class RowReader:
         self._mapped = {columns.id, *(name for group in self._columns.values() for name in group)}
         if table.columns is not None and not may_be_read(table.columns):
             self._require_columns(table.columns)
+
+    def forget(self) -> None:
+        """Go on as if no row had been read; images stay known."""
+        self.notes = RowNotes()
+        self.ids: dict[str, str] = {}
+        self.looks_back = False
+        self._pictures: dict[str, tuple[ImageRef, ...]] = {}
 
     def _require_columns(self, present: tuple[str, ...]) -> None:
         fields = dict.fromkeys(present)
@@ -167,15 +174,16 @@ class RowReader:
             raise ValueError(f"the id must be a printable text or a whole number, not {shown(value)}")
         if len(value) > _MAX_ID:
             raise ValueError(f"the id has {len(value):,} characters, more than {_MAX_ID}")
-        if value in self._ids and row.layout:  # LLaVA names several rows after one image
+        if value in self.ids and row.layout:  # LLaVA names several rows after one image
             self.notes.repeated_id(raw.where)
             value = f"{value}#{raw.number}"
-        if value in self._ids:
-            raise ValueError(f"duplicate id {value!r}, first at {self._ids[value]}")
-        self._ids[value] = raw.where
+        if value in self.ids:
+            raise ValueError(f"duplicate id {value!r}, first at {self.ids[value]}")
+        self.ids[value] = raw.where
         return value
 
     def _row(self, raw: RawRow, row: "_Cells", name: str) -> Row:
+        self.looks_back = self.looks_back or bool(row.layout and row.layout.id)
         question, present = row.get("question")
         if not present:
             names = self._columns["question"]

@@ -114,7 +114,7 @@ def _read_tokens(text: str) -> Value:
 def _whole_value(tokens: tuple[Token, ...]) -> Value:
     """Read what is left of an answer; a text and the same with a space before it are read once."""
     if name := _SETS_IN_WORDS.get(spoken(tokens).lower()):
-        tokens = [Token("command", name)]
+        tokens = (Token("command", name),)
     if bearing := _BEARING.fullmatch(spoken(tokens)):
         return Text(source=latex(tokens), words=" ".join(bearing.groups()).casefold())
     return _date(tokens, ranges=True) or _value(tokens)
