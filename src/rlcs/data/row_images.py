@@ -122,13 +122,13 @@ def image_items(value: object) -> list[object]:
 
 def looks_like_image(value: object) -> bool:
     """Whether a value of a column with an unknown name is an image, or the path of one."""
+    if isinstance(value, str):
+        return len(value) <= _MAX_PATH and value.lower().endswith(_SUFFIXES)
     if isinstance(value, list):
         return bool(value) and looks_like_image(value[0])
-    if isinstance(value, Mapping):
-        return isinstance(value.get("bytes"), bytes)
     if isinstance(value, bytes):
         return bool(image_kind(value))
-    return isinstance(value, str) and len(value) <= _MAX_PATH and value.lower().endswith(_SUFFIXES)
+    return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
 
 
 def encoded_in(text: str, where: str) -> bytes | None:

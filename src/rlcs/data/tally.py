@@ -34,9 +34,10 @@ class PromptLimit:
 
     def estimate(self, problem: Problem) -> int:
         """About how many tokens the prompt of a problem has."""
-        pixels = sum(min(ref.width * ref.height, self.pixels) for ref in problem.images)
-        text = "".join(problem.texts) + "".join(problem.choices)
-        return pixels // _PIXELS_A_TOKEN + len(text.encode()) // _BYTES_A_TOKEN
+        pixels = sum([min(ref.width * ref.height, self.pixels) for ref in problem.images])
+        text = "".join((*problem.texts, *problem.choices))
+        size = len(text) if text.isascii() else len(text.encode())
+        return pixels // _PIXELS_A_TOKEN + size // _BYTES_A_TOKEN
 
 
 class Tally:
@@ -61,12 +62,17 @@ class Tally:
         self.rows += 1
         if problem.answer.strip():
             kind = read(problem.answer).kind + (" (with choices)" if problem.choices else "")
-            self._add_kind(kind, Kind(rows=1, place=place, id=problem.id, answer=problem.answer))
+            known = self._kinds.get(kind)
+            if known is None or place < known.place:
+                self._add_kind(kind, Kind(rows=1, place=place, id=problem.id, answer=problem.answer))
+            else:
+                known.rows += 1
         if problem.choices and (letters := equal_options(problem.choices)):
             self._add_alike(1, (place, f"{letters} of row {problem.id}"))
         tokens = self._limit.estimate(problem)
         self.num_too_long += tokens > self._limit.tokens
-        self.longest = max(self.longest, (tokens, problem.id))
+        if tokens >= self.longest[0]:
+            self.longest = max(self.longest, (tokens, problem.id))
 
     def merge(self, other: "Tally") -> None:
         """Add what was counted of other rows."""

@@ -34,6 +34,7 @@ MAX_TOKENS = 600
 
 OPENING = frozenset(["(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle", "\\begin"])
 CLOSING = frozenset([")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle", "\\end"])
+_BRACKETS = OPENING | CLOSING
 
 
 def _table(lines: str) -> dict[str, str]:
@@ -329,7 +330,8 @@ def steps(tokens: Tokens) -> Iterator[int]:
     """The depth of brackets after each token."""
     depth = 0
     for token in tokens:
-        depth += (token.text in OPENING) - (token.text in CLOSING)
+        if token.text in _BRACKETS:
+            depth += 1 if token.text in OPENING else -1
         yield depth
 
 
@@ -348,6 +350,8 @@ def enclosed(tokens: Tokens) -> bool:
 
 def split(tokens: Tokens, separators: frozenset[str]) -> tuple[list[Tokens], list[str]]:
     """Cut at separators outside brackets; the parts, and the separators between them."""
+    if separators.isdisjoint([token.text for token in tokens]):
+        return [tokens[:]], []
     parts: list[Tokens] = []
     found: list[str] = []
     start = 0
