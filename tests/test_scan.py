@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
+from rlcs.cli.data import data_check
 from rlcs.data import scan as scan_module
 from rlcs.data.files import JsonLines
 from rlcs.data.rows import Row
@@ -89,7 +91,7 @@ def test_several_processes_find_what_one_finds(source, small, monkeypatch):
     check = lambda: check_source(str(source), "rl", Recipe(), for_run=False)  # noqa: E731
     small(1)
     alone = check()
-    held = check_source(str(source), "rl", Recipe(), for_run=False, hold_rows=True)
+    held = check_source(str(source), "rl", Recipe(), for_run=False, keep="rows")
     small(2)
     taken = []
     take = scan_module.Scanner.take
@@ -106,6 +108,20 @@ def test_several_processes_find_what_one_finds(source, small, monkeypatch):
     assert (held.usable, held.bad, held.notes) == (alone.usable, alone.bad, alone.notes)
     assert [(name, kind.rows, kind.id) for name, kind in held.kinds.items()] == [
         (name, kind.rows, kind.id) for name, kind in alone.kinds.items()
+    ]
+
+
+def test_good_lines_are_copied_without_holding_rows(source, small, monkeypatch):
+    small(2)
+    monkeypatch.chdir(source.parent)
+    monkeypatch.setattr("rlcs.data.good_rows.write_rows", None)
+    with pytest.raises(typer.Exit):
+        data_check(source.name, write=Path("good.jsonl"))
+    good = Path("good.jsonl").read_text().splitlines()
+    held = check_source(source.name, "rl", Recipe(), for_run=False, keep="rows")
+    assert len(good) == held.usable and [json.loads(line).get("id") for line in good] == [
+        json.loads(source.read_text().split("\n")[int(each.where.rpartition(":")[2]) - 1]).get("id")
+        for each in held.good
     ]
 
 

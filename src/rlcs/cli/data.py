@@ -42,7 +42,7 @@ def data_check(
 
     With a recipe also what `rlcs run` would refuse: prompts that are too long, problems without a teacher.
     """
-    from rlcs.data.good_rows import require_new_file, write_rows
+    from rlcs.data.good_rows import copies_lines, require_new_file, write_lines, write_rows
     from rlcs.pipeline.source_check import check_source
     from rlcs.recipe.loading import load_recipe
 
@@ -61,12 +61,21 @@ def data_check(
         return
     if write is not None:
         require_new_file(write, source)
-    found = check_source(source, chosen, resolved, for_run=recipe is not None, hold_rows=write is not None)
+    found = check_source(
+        source,
+        chosen,
+        resolved,
+        for_run=recipe is not None,
+        keep="" if write is None else "lines" if copies_lines(source, write) else "rows",
+    )
     facts, lines = _facts(found), _lines(found)
-    if write is not None and found.good:
-        write_rows(found.good, source, write, resolved.data.columns)
+    if write is not None and found.usable:
+        if found.good:
+            write_rows(found.good, source, write, resolved.data.columns)
+        else:
+            write_lines(source, write, found.lines)
         facts["written"] = str(write)
-        lines.append(f"{len(found.good):,} rows are written to {write}")
+        lines.append(f"{found.usable:,} rows are written to {write}")
     elif write is not None:
         lines.append(f"no row can be used, so that {write} is not written")
     print_result(facts, lines, json=json)

@@ -3,6 +3,7 @@
 What was found in later rows can be added (`merge`), so that other processes may look at them.
 """
 
+from array import array
 from dataclasses import dataclass
 
 from rlcs.data.rows import BadRow, Row
@@ -43,12 +44,13 @@ class PromptLimit:
 class Tally:
     """Counts the rows that can be used, the kinds of their gold answers, and what is odd in them.
 
-    A `place` is a number that grows from row to row. `longest` is the longest prompt: tokens and row id.
+    A `place` is a number that grows from row to row: `places` are those of the counted rows. `longest` is the
+    longest prompt: tokens and row id.
     """
 
     def __init__(self, limit: PromptLimit) -> None:
         """Nothing is counted yet."""
-        self.rows = 0
+        self.places = array("Q")
         self.num_too_long = 0
         self.longest = (0, "")
         self._limit = limit
@@ -59,7 +61,7 @@ class Tally:
     def add(self, place: int, row: Row) -> None:
         """Count a row."""
         problem = row.problem
-        self.rows += 1
+        self.places.append(place)
         if problem.answer.strip():
             kind = read(problem.answer).kind + (" (with choices)" if problem.choices else "")
             known = self._kinds.get(kind)
@@ -76,7 +78,7 @@ class Tally:
 
     def merge(self, other: "Tally") -> None:
         """Add what was counted of other rows."""
-        self.rows += other.rows
+        self.places.extend(other.places)
         self.num_too_long += other.num_too_long
         self.longest = max(self.longest, other.longest)
         for name, kind in other._kinds.items():
@@ -96,6 +98,11 @@ class Tally:
     def _add_alike(self, count: int, first: tuple[int, str]) -> None:
         self._num_alike += count
         self._first_alike = min(self._first_alike or first, first)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that can be used."""
+        return len(self.places)
 
     @property
     def kinds(self) -> dict[str, Kind]:

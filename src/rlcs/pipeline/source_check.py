@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from rlcs.data.files import JsonLines
 from rlcs.data.given import grade_given, sentences, unanswerable, why_left_out
 from rlcs.data.loading import load, open_source, require_usable
 from rlcs.data.rows import BadRow, Row
@@ -21,8 +23,8 @@ from rlcs.records import Problem
 class SourceCheck:
     """What was found in one source: how many rows can be used, and which cannot.
 
-    `rows` could be read and `good` ones can be used; both are empty where rows were not to be held. `refusal`
-    is why a run does not start with it, or "".
+    `rows` could be read and `good` ones can be used; both are empty where rows were not held: then `lines`
+    are the numbers of the lines that can be used. `refusal` is why a run does not start with it, or "".
     """
 
     role: Role
@@ -34,22 +36,25 @@ class SourceCheck:
     """What the gold answers of usable rows are read as, the most frequent kind first."""
     rows: tuple[Row, ...] = ()
     good: tuple[Row, ...] = ()
+    lines: Sequence[int] = ()
     refusal: str = ""
 
 
 def check_source(
-    source: str, role: Role, recipe: Recipe, *, for_run: bool, hold_rows: bool = False
+    source: str, role: Role, recipe: Recipe, *, for_run: bool, keep: Literal["", "lines", "rows"] = ""
 ) -> SourceCheck:
     """Read a source, decode every image, and try every gold answer, response and prompt.
 
-    With `for_run` the recipe is the one that will run: its model, teacher and limits decide too. Rows are
-    held only then, with `hold_rows`, and where responses are graded: a million of them take gigabytes.
-    Raises DataError when the source as a whole cannot be used, and ModelError.
+    With `for_run` the recipe is the one that will run: its model, teacher and limits decide too. Rows, of
+    which a million take gigabytes, are held only then, where responses are graded, and where they are to be
+    kept: with `lines` their numbers are enough, if the source has a line for each. Raises DataError when the
+    source as a whole cannot be used, and ModelError.
     """
-    if for_run or hold_rows or role == "cold_start" or is_builtin(source):
+    if for_run or keep == "rows" or role == "cold_start" or is_builtin(source):
         return _check_held(source, role, recipe, for_run=for_run)
     table, data, options = open_source(source, recipe.data, role)
-    if options.part is not None:  # which rows it has depends on all of them
+    has_lines = isinstance(table.rows, JsonLines)
+    if options.part is not None or (keep and not has_lines):  # which rows a part has depends on all of them
         return _check_held(source, role, recipe, for_run=for_run)
     scanner = scan(
         ScanTask(
@@ -69,6 +74,7 @@ def check_source(
         bad=_once(bad),
         notes=(*scanner.notes, *tally.notes, *_length_notes(tally, recipe)),
         kinds=tally.kinds,
+        lines=tally.places if has_lines else (),
     )
 
 
