@@ -1,6 +1,8 @@
 """A table is scanned without holding its rows, by several processes as by one."""
 
+import base64
 import gc
+import io
 import json
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 
 from rlcs.cli.data import data_check
 from rlcs.data import scan as scan_module
@@ -21,6 +24,7 @@ from rlcs.data.sources import Table
 from rlcs.data.tally import PromptLimit
 from rlcs.pipeline.source_check import check_source
 from rlcs.recipe.schema import Data, Recipe
+from rlcs.records import ImageRef
 
 CHUNK = 20
 
@@ -131,6 +135,18 @@ def test_no_row_is_held(source, small):
     scanner = scan_module.scan(task_of(source))
     assert scanner.check.tally.rows > 150
     assert sum(isinstance(each, Row) for each in gc.get_objects()) - before <= 1, "the one in doubt"
+
+
+def test_no_embedded_image_is_held(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20), "blue").save(buffer, "PNG")
+    picture = {"bytes": base64.b64encode(buffer.getvalue()).decode()}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(f"r{i}", images=[picture])) + "\n" for i in range(3)))
+    scanner = scan_module.scan(task_of(path))
+    assert scanner.check.tally.rows == 3 and not scanner.bad
+    held = [each for each in gc.get_objects() if isinstance(each, ImageRef) and each.data is not None]
+    assert not any(each.data == buffer.getvalue() for each in held)
 
 
 def test_few_rows_start_no_process(source, small, monkeypatch):

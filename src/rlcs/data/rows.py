@@ -91,8 +91,8 @@ class RowReader:
     """Reads the rows of one table; detects duplicate ids, and holds each image once.
 
     `notes` counts what a user should know: the layout, columns that differ, columns that are not read.
-    `ids` are those of the rows so far, and where these are. `looks_back`: a row may show the image of another
-    row before it, so that it cannot be read without that.
+    `ids` are those of the rows so far, and where these are; `images` opens theirs. `looks_back`: a row may
+    show the image of another row before it, so that it cannot be read without that.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class RowReader:
         self._as_given = settings.answers == "as_given"
         self._system = settings.system
         self._role = role
-        self._images = RowImages(
+        self.images = RowImages(
             folders=table.folders, roots=table.roots, limit=limit, decode=decode, store=store
         )
         columns = settings.columns
@@ -202,7 +202,7 @@ class RowReader:
         answer, mark = (given, "") if self._as_given else _unwrapped(given, choices, needed=needed)
         images = self._pictures.get(row.image_of_row) or ()
         if not images and (own := row.images()):
-            images = self._images.read(own)
+            images = self.images.read(own)
         if row.layout and row.layout.id:
             self._pictures[name] = images
         question, history = _with_slots(checked_text(question, "question"), row, images)

@@ -48,6 +48,7 @@ class Scanner:
         self._reader = RowReader(
             task.table, task.settings, role=task.role, limit=task.decode_limit, decode=True
         )
+        self._reader.images.hold_no_bytes()
         self._begin()
 
     def _begin(self) -> None:
