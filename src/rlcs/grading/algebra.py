@@ -22,6 +22,8 @@ MAX_BITS = 8_000
 """Most bits of an exact number; a longer one is too large to work out."""
 _BITS = 256
 _SHORT = 2**32
+"""No rational number with a denominator of up to 10,000 agrees in `_BITS` / 2 bits with a multiple of pi by a
+fraction of smaller numbers."""
 _MAX_ARGUMENT, _MAX_SIZE = 2**11, 2**40
 """Bounds of the arguments of functions, and of any value, as exponents of 2."""
 _SCALES, _USUAL = (0.6, 2.7, 17.0, -2.1, -31.0, 1e4), 3
@@ -101,8 +103,8 @@ def _denominators(node: Node) -> tuple[Node, ...]:
 def exact(node: Node) -> Fraction | None:
     """The value if it is a rational number; None if it is not, not known, or too large to work out."""
     value = _rational_or_none(node)
-    if value is None and (share := _share_of_pi(node)) and max(abs(share), 1 / abs(share)) < _SHORT:
-        return None  # pi is not rational, and rational numbers near such a multiple of it are not so short
+    if value is None and (share := _share_of_pi(node)) and max(map(abs, share.as_integer_ratio())) < _SHORT:
+        return None
     values = _values({}, node, node) if value is None else None
     if values and not values[0].imag and abs(values[0]) < 2**_BITS:  # sqrt(16), sin(pi/6), log_2 8
         scaled = int(values[0].real * 2**_BITS)
