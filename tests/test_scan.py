@@ -44,7 +44,19 @@ def plain(first, count):
     return [row(f"r{i}", golds[i % len(golds)]) for i in range(first, first + count)]
 
 
+def picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20), "blue").save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def numbered(index, image):
+    """A row as VLMEvalKit writes it: its image, or the index of an earlier row with that image."""
+    return {"index": index, "question": "Which?", "A": "1", "B": "2", "answer": "A", "image": image}
+
+
 ROWS = [
+    numbered(7001, picture()),
     *plain(0, 3 * CHUNK),
     "{torn",
     "",
@@ -66,6 +78,7 @@ ROWS = [
     row("option-2", "F", choices=["1", "2"]),
     row("equal-2", "A", choices=["3", "3"]),
     *plain(300, 2 * CHUNK),
+    numbered(7002, "7001"),
 ]
 
 
@@ -106,7 +119,8 @@ def test_several_processes_find_what_one_finds(source, small, monkeypatch):
     assert taken.count(True) >= 5, "what other processes found is used"
     assert taken.count(False) >= 3, "chunks that depend on earlier rows are read again"
     reasons = {bad.where.rpartition(":")[2]: bad.reason for bad in alone.bad}
-    assert reasons["63"].startswith("duplicate id 'r5', first at ") and reasons["63"].endswith("rows.jsonl:6")
+    assert reasons["64"].startswith("duplicate id 'r5', first at ") and reasons["64"].endswith("rows.jsonl:7")
+    assert not any("7001" in reason for reason in reasons.values()), "images of earlier rows are found"
     assert "rows with two equal options: 2, e.g. A and B of row equal" in alone.notes
     assert any("the id of another row comes again" in note for note in alone.notes)
     assert (held.usable, held.bad, held.notes) == (alone.usable, alone.bad, alone.notes)
@@ -138,15 +152,12 @@ def test_no_row_is_held(source, small):
 
 
 def test_no_embedded_image_is_held(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 20), "blue").save(buffer, "PNG")
-    picture = {"bytes": base64.b64encode(buffer.getvalue()).decode()}
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row(f"r{i}", images=[picture])) + "\n" for i in range(3)))
+    path.write_text("".join(json.dumps(row(f"r{i}", images=[picture()])) + "\n" for i in range(3)))
     scanner = scan_module.scan(task_of(path))
     assert scanner.check.tally.rows == 3 and not scanner.bad
     held = [each for each in gc.get_objects() if isinstance(each, ImageRef) and each.data is not None]
-    assert not any(each.data == buffer.getvalue() for each in held)
+    assert not any(each.data == base64.b64decode(picture()) for each in held)
 
 
 def test_few_rows_start_no_process(source, small, monkeypatch):
