@@ -133,6 +133,23 @@ def test_a_jsonl_row_becomes_a_problem(folder):
     assert problem.metadata == {"level": 2, "family": "bars"}
 
 
+def test_rows_of_any_columns_are_read_alike_however_few_plans_are_kept(folder, monkeypatch):
+    """What follows from a row's columns is kept for the next row: not for one with other empty cells."""
+    rows = [
+        {"problem": "a", "question": "b", "answer": "5", "level": 1},
+        {"problem": "a", "question": " ", "answer": "5", "level": 2},
+        {"problem": "a", "question": "b", "answer": "5", "level": 3, "solution": "6"},
+        {"question": "b", "problem": "a", "answer": "5"},
+    ]
+    path = write_jsonl(folder, rows * 2)
+    loaded = load(path)
+    read = [(row.problem.question, row.problem.metadata) for row in loaded.rows]
+    assert read[:4] == read[4:] and [question for question, _ in read[:4]] == ["b", "a", "b", "b"]
+    assert [metadata for _, metadata in read[:4]] == [{"level": 1}, {"level": 2}, {"level": 3}, {}]
+    monkeypatch.setattr("rlcs.data.rows._MAX_PLANS", 1)
+    assert load(path) == loaded
+
+
 def test_bom_crlf_and_no_last_line_end_are_fine(folder):
     line = b'{"question": "1 + 1?", "answer": "2"}'
     path = folder / "rows.jsonl"

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from conftest import rlcs
-from rlcs.data.check import grouped, kind_lines, kinds_of_golds
+from rlcs.data.check import grouped, kind_lines
 from rlcs.data.loading import load
-from rlcs.data.rows import BadRow
+from rlcs.data.rows import BadRow, Row
+from rlcs.data.tally import PromptLimit, Tally
 from rlcs.recipe.schema import Data
 from rlcs.records import Problem
 
@@ -110,20 +111,24 @@ def test_many_faults_of_many_kinds_stay_short():
     assert lines[-1] == "19,980 rows with 19,980 further kinds of faults"
 
 
+def kinds_of_golds(golds):
+    tally = Tally(PromptLimit(tokens=100, pixels=100))
+    for place, gold in enumerate(golds):
+        problem = Problem(id="i" * 29 + str(place), source="s", question="?", answer=gold)
+        tally.add(place, Row(problem=problem, response=None))
+    return tally.kinds
+
+
 def test_the_table_fits_the_terminal():
-    long = Problem(id="i" * 30, source="s", question="?", answer="word\n" * 30)
     for columns in (80, 120):
-        _, line = kind_lines(kinds_of_golds([long]), columns=columns)
+        _, line = kind_lines(kinds_of_golds(["word\n" * 30]), columns=columns)
         assert len(line) == columns and "word word..." in line.replace(" wo...", "...")
 
 
 def test_kinds_come_by_number_and_blank_golds_do_not_count():
-    golds = ["B", "5", r"\{1,2\}", "6", "", "(1,2)"]
-    kinds = kinds_of_golds(
-        Problem(id=f"r{i}", source="s", question="?", answer=gold) for i, gold in enumerate(golds)
-    )
-    assert next((kind, len(same)) for kind, same in kinds.items()) == ("number", 2)
-    assert sum(map(len, kinds.values())) == 5 and kind_lines({}) == []
+    kinds = kinds_of_golds(["B", "5", r"\{1,2\}", "6", "", "(1,2)"])
+    assert next((name, kind.rows, kind.answer) for name, kind in kinds.items()) == ("number", 2, "5")
+    assert sum(kind.rows for kind in kinds.values()) == 5 and kind_lines({}) == []
 
 
 # --- the recipe of a run -------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlcs.grading import tree
+from rlcs.grading import algebra, tree
 from rlcs.grading.algebra import equal, exact, number, same_equation, too_large
 from rlcs.grading.tree import both_signs
 
@@ -500,3 +500,14 @@ def test_no_verdict_contradicts_sympy() -> None:
         if apart.is_number:
             assert bool(abs(apart) < 1e-12) is verdict, (left.node, right.node, apart)
     assert counts[True] > 80 and counts[False] > 130 and counts[None] < 60, counts
+
+
+def test_a_multiple_of_pi_is_known_not_to_be_rational_without_its_value(monkeypatch):
+    pi, third = tree.Const("pi"), tree.Power(tree.Num(Fraction(3)), tree.MINUS_ONE)
+    evaluated = []
+    values = algebra._values
+    monkeypatch.setattr(algebra, "_values", lambda *args: evaluated.append(args) or values(*args))
+    assert exact(tree.Product((tree.Product((tree.Num(Fraction(2)), pi)), third))) is None and not evaluated
+    assert exact(tree.Product((pi, tree.Power(pi, tree.MINUS_ONE)))) == 1
+    assert exact(tree.Product((tree.Num(Fraction(0)), pi))) == 0
+    assert evaluated, "what is no multiple of pi by a number is worked out"

@@ -92,6 +92,7 @@ def test_the_pool_asks_whether_a_gold_answer_equals_itself():
         "a right triangle",
         "<answer>5 cm</answer>",
         r"\{1,2\}",
+        "1,000",
         r"\text{}",
     ]
     problems = [Problem(id=str(i), source="s", question="?", answer=gold) for i, gold in enumerate(golds)]

@@ -201,3 +201,13 @@ def test_a_plain_number_is_read_at_once_as_the_long_way_reads_it(text: str) -> N
 @pytest.mark.parametrize("text", ["1e5", "1,000", ".5", "5.", "+5", "٣", "5 ", "1/2", "5%", "", "-", "1\n"])
 def test_what_is_no_plain_number(text: str) -> None:
     assert not reading.is_plain_number(text)
+
+
+@pytest.mark.parametrize("text", ["-12.50", "007", r"\frac{8}{6}", r"-\dfrac{0}{5}", r"\tfrac{10}{05}"])
+def test_plain_numbers_are_read_as_by_the_grammar(text):
+    assert reading.is_plain_number(text) and read(text) == reading._read_tokens(text)
+
+
+@pytest.mark.parametrize("text", [r"\frac{1}{0}", r"\frac12", r"\frac{-1}{2}", r"2\frac{1}{2}", "1e3"])
+def test_other_numbers_are_left_to_the_grammar(text):
+    assert not reading.is_plain_number(text)

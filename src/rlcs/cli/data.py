@@ -42,7 +42,7 @@ def data_check(
 
     With a recipe also what `rlcs run` would refuse: prompts that are too long, problems without a teacher.
     """
-    from rlcs.data.good_rows import require_new_file, write_rows
+    from rlcs.data.good_rows import copies_lines, require_new_file, write_lines, write_rows
     from rlcs.pipeline.source_check import check_source
     from rlcs.recipe.loading import load_recipe
 
@@ -61,16 +61,25 @@ def data_check(
         return
     if write is not None:
         require_new_file(write, source)
-    found = check_source(source, chosen, resolved, for_run=recipe is not None)
+    found = check_source(
+        source,
+        chosen,
+        resolved,
+        for_run=recipe is not None,
+        keep="" if write is None else "lines" if copies_lines(source, write) else "rows",
+    )
     facts, lines = _facts(found), _lines(found)
-    if write is not None and found.good:
-        write_rows(found.good, source, write, resolved.data.columns)
+    if write is not None and found.usable:
+        if found.good:
+            write_rows(found.good, source, write, resolved.data.columns)
+        else:
+            write_lines(source, write, found.lines)
         facts["written"] = str(write)
-        lines.append(f"{len(found.good):,} rows are written to {write}")
+        lines.append(f"{found.usable:,} rows are written to {write}")
     elif write is not None:
         lines.append(f"no row can be used, so that {write} is not written")
     print_result(facts, lines, json=json)
-    if found.bad or found.refusal or not found.good:
+    if found.bad or found.refusal or not found.usable:
         raise typer.Exit(2)
 
 
@@ -96,7 +105,7 @@ def _check_recipe(recipe: "Recipe", *, json: bool) -> None:
     for name, found in checks.items():
         lines += [f"{name}: {found.source}", *(f"  {line}" for line in _lines(found)), ""]
     lines += [f"{role}: {error}" for role, error in errors.items()]
-    refused = bool(errors) or any(found.refusal or not found.good for found in checks.values())
+    refused = bool(errors) or any(found.refusal or not found.usable for found in checks.values())
     bad = any(found.bad for found in checks.values())
     verdict = "`rlcs run` refuses this data" if refused else "`rlcs run` accepts this data"
     lines += [
@@ -118,13 +127,13 @@ def _facts(found: "SourceCheck") -> dict[str, Any]:
     return {
         "source": found.source,
         "role": found.role,
-        "usable": len(found.good),
+        "usable": found.usable,
         "bad": [{"where": bad.where, "id": bad.id, "reason": bad.reason} for bad in found.bad],
         "notes": list(found.notes),
         "refusal": found.refusal,
         "golds": {
-            kind: {"rows": len(same), "id": same[0].id, "answer": same[0].answer}
-            for kind, same in found.kinds.items()
+            name: {"rows": kind.rows, "id": kind.id, "answer": kind.answer}
+            for name, kind in found.kinds.items()
         },
     }
 
@@ -133,7 +142,7 @@ def _lines(found: "SourceCheck") -> list[str]:
     from rlcs.data.check import grouped, kind_lines
 
     table = kind_lines(found.kinds, columns=get_terminal_size().columns)
-    counts = f"{len(found.good):,} rows can be used, {len(found.bad):,} cannot"
+    counts = f"{found.usable:,} rows can be used, {len(found.bad):,} cannot"
     refusal = [f"a run refuses this source: {found.refusal}"] if found.refusal else []
     return [*grouped(found.bad), *table, *found.notes, *refusal, counts]
 

@@ -1,14 +1,11 @@
-"""Looks at the gold answers of a source, and groups rows that cannot be used by their reasons."""
+"""Groups rows that cannot be used by their reasons, and shows the kinds of gold answers, in short lines."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rlcs.data.row_notes import counted
-from rlcs.data.rows import BadRow, Row
-from rlcs.grading import GradePool
-from rlcs.grading.inspection import equal_options
-from rlcs.grading.reading import read
-from rlcs.records import Problem
+from rlcs.data.rows import BadRow
+from rlcs.data.tally import Kind
 
 _PLACES = 3
 """Rows of each fault that are named."""
@@ -27,44 +24,16 @@ _VARYING = re.compile(
 """What differs between two rows with the same fault: quoted texts, paths, words with digits, file names."""
 
 
-def unmatchable(rows: Iterable[Row]) -> list[BadRow]:
-    """The rows to be answered whose gold answer is not right as an answer to itself, by all of our rule."""
-    wanted = [row for row in rows if row.response is None]
-    with GradePool(workers=0) as pool:
-        faults = pool.gold_faults(row.problem for row in wanted)
-    found = ((row, faults.get((row.problem.answer, row.problem.choices))) for row in wanted)
-    return [row.refused(fault) for row, fault in found if fault]
-
-
-def kinds_of_golds(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
-    """The problems with a gold answer by what it is read as, the most frequent kind first."""
-    kinds: dict[str, list[Problem]] = {}
-    for problem in problems:
-        if problem.answer.strip():
-            kind = read(problem.answer).kind + (" (with choices)" if problem.choices else "")
-            kinds.setdefault(kind, []).append(problem)
-    return dict(sorted(kinds.items(), key=lambda each: -len(each[1])))
-
-
-def option_notes(problems: Iterable[Problem]) -> tuple[str, ...]:
-    """What is odd in choices and yet can be graded: two options that are written alike."""
-    alike = [(problem, letters) for problem in problems if (letters := equal_options(problem.choices))]
-    if not alike:
-        return ()
-    problem, letters = alike[0]
-    return (f"rows with two equal options: {len(alike):,}, e.g. {letters} of row {problem.id}",)
-
-
-def kind_lines(kinds: Mapping[str, Sequence[Problem]], *, columns: int = 80) -> list[str]:
+def kind_lines(kinds: Mapping[str, Kind], *, columns: int = 80) -> list[str]:
     """A table of the kinds of gold answers: number of rows, and one example of each, cut to `columns`."""
     if not kinds:
         return []
     width = max(len("gold answers"), *map(len, kinds))
     lines = [f"{'gold answers':<{width}} {'rows':>8}  example"]
-    for kind, problems in kinds.items():
-        start, name = f"{kind:<{width}} {len(problems):>8,}  ", f"  (id {_one_line(problems[0].id)})"
-        example = _one_line(problems[0].answer, max(_MIN_SHOWN, columns - len(start) - len(name)))
-        lines.append(start + example + name)
+    for name, kind in kinds.items():
+        start, end = f"{name:<{width}} {kind.rows:>8,}  ", f"  (id {_one_line(kind.id)})"
+        example = _one_line(kind.answer, max(_MIN_SHOWN, columns - len(start) - len(end)))
+        lines.append(start + example + end)
     return lines
 
 

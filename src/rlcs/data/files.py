@@ -141,7 +141,7 @@ def no_content(path: Path) -> DataError:
     return DataError(what, where=str(path), fix="run `git lfs pull` in its repository")
 
 
-def _json(path: Path) -> tuple[None, Iterator[RawRow]]:
+def _json(path: Path) -> tuple[None, Rows]:
     """JSON lines, or a list, or an object with the list: what the file holds counts, not its name."""
     with _open(path) as file:
         lines = (line for line in _guarded(_pieces(file), path) if line.strip())
@@ -150,7 +150,7 @@ def _json(path: Path) -> tuple[None, Iterator[RawRow]]:
     is_lines = more and _is_whole(first)
     if (first[:1] == b"[" and not is_lines) or (by_name and first[:1] not in (b"[", b"{")):
         return None, _json_list(path)
-    return None, _json_lines(path) if is_lines or not by_name else _json_object(path)
+    return None, JsonLines(path) if is_lines or not by_name else _json_object(path)
 
 
 def _is_whole(line: bytes) -> bool:
@@ -162,17 +162,38 @@ def _is_whole(line: bytes) -> bool:
     return True
 
 
-def _json_lines(path: Path) -> Iterator[RawRow]:
-    with _open(path) as file:
-        for number, line in enumerate(_guarded(_lines(file), path), start=1):
-            if not line.strip():
-                continue
-            try:
-                if len(line) >= LONGEST_LINE:
-                    raise ValueError(f"the line is longer than {LONGEST_LINE:,} bytes")
-                yield RawRow(where=f"{path}:{number}", number=number, fields=parse_object(line))
-            except ValueError as error:
-                yield RawRow(where=f"{path}:{number}", number=number, reason=str(error))
+NumberedLine = tuple[int, bytes]
+"""A line of a file, and its number from 1."""
+
+
+class JsonLines:
+    """The rows of a file with one JSON object a line; its lines can also be parsed elsewhere, each alone."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the file, which is opened for each pass over its rows."""
+        self._path = path
+
+    def __iter__(self) -> Iterator[RawRow]:
+        """Parse one line after the other."""
+        return map(self.row, self.lines())
+
+    def lines(self) -> Iterator[NumberedLine]:
+        """The lines that are not blank. Raises DataError where the file is damaged."""
+        with _open(self._path) as file:
+            for number, line in enumerate(_guarded(_lines(file), self._path), start=1):
+                if line.strip():
+                    yield number, line
+
+    def row(self, numbered: NumberedLine) -> RawRow:
+        """Parse a line."""
+        number, line = numbered
+        where = f"{self._path}:{number}"
+        try:
+            if len(line) >= LONGEST_LINE:
+                raise ValueError(f"the line is longer than {LONGEST_LINE:,} bytes")
+            return RawRow(where=where, number=number, fields=parse_object(line))
+        except ValueError as error:
+            return RawRow(where=where, number=number, reason=str(error))
 
 
 def _pieces(file: Any) -> Iterator[Any]:

@@ -3,10 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.files import JsonLines
 from rlcs.data.problem_store import copy_image
 from rlcs.data.rows import Row
 from rlcs.errors import UserError
@@ -30,6 +31,24 @@ def require_new_file(path: Path, source: str, *, option: str = "--write") -> Non
             where=where,
             fix="name a file in another folder",
         )
+
+
+def copies_lines(source: str, path: Path) -> bool:
+    """Whether rows of `source`, which has a line for each, are written to `path` as these lines are."""
+    lines = at_home(source)
+    return lines.suffix.lower() == ".jsonl" and lines.resolve().parent == path.resolve().parent
+
+
+def write_lines(source: str, path: Path, numbers: Iterable[int]) -> None:
+    """Write the lines of these numbers (from 1) of the JSONL file `source` to another one, atomically.
+
+    Raises RunFolderError.
+    """
+    wanted, content = set(numbers), bytearray()
+    for number, line in JsonLines(at_home(source)).lines():
+        if number in wanted:
+            content += line.strip() + b"\n"
+    atomic_write(path, bytes(content))
 
 
 def write_rows(

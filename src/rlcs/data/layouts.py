@@ -5,7 +5,7 @@ become the history of a problem, its last user turn the question, an assistant t
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -55,12 +55,20 @@ class Layout:
         return not self.lists or isinstance(structured(filled[self.needs[0]]), list)
 
 
-def recognise(filled: Fields, *, has_question: bool) -> Layout | None:
+def recognise(
+    filled: Fields, *, has_question: bool, among: "Sequence[Layout] | None" = None
+) -> Layout | None:
     """The layout of another tool that a row has, by its columns with a value; None for our own columns.
 
-    `has_question`: the row has a question in a column of ours.
+    `has_question`: the row has a question in a column of ours. `among`: those of `possible`.
     """
-    return next((layout for layout in LAYOUTS if layout.fits(filled, has_question=has_question)), None)
+    among = LAYOUTS if among is None else among
+    return next((layout for layout in among if layout.fits(filled, has_question=has_question)), None)
+
+
+def possible(filled: Collection[str]) -> tuple[Layout, ...]:
+    """The layouts that rows with values in these columns may have."""
+    return tuple(layout for layout in LAYOUTS if all(name in filled for name in layout.needs))
 
 
 def may_be_read(columns: tuple[str, ...]) -> bool:

@@ -5,15 +5,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlcs.data.check import grouped
 from rlcs.data.row_notes import counted
 from rlcs.data.rows import BadRow, Row, RowReader
-from rlcs.data.source_options import read_options
-from rlcs.data.sources import Role, is_builtin, open_builtin, open_table
+from rlcs.data.source_options import SourceOptions, read_options
+from rlcs.data.sources import Role, Table, is_builtin, open_builtin, open_table
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data
 
@@ -34,26 +33,61 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def _unwrapped_note(rows: Sequence[Row]) -> tuple[str, ...]:
-    """How many gold answers were unwrapped, from what, and the first of them; empty if none was."""
-    wrapped = [row for row in rows if row.mark]
-    if not wrapped:
-        return ()
-    marks = ", ".join(f"{mark}: {n:,}" for mark, n in Counter(row.mark for row in wrapped).most_common())
-    first = wrapped[0]
-    given = first.given if len(first.given) <= _SHOWN_ENDING else f"...{first.given[-_SHOWN_ENDING:]}"
-    example = f"row {first.problem.id}: {given!r} is {first.problem.answer[:_SHOWN_ENDING]!r}"
-    return (f"{len(wrapped):,} gold answers were unwrapped ({marks}), e.g. {example}",)
+class RowCounts:
+    """Counts what a user should know of rows that could be read: their gold answers and system prompts."""
+
+    def __init__(self) -> None:
+        """Nothing is counted yet."""
+        self._marks: Counter[str] = Counter()
+        self._example = ""
+        self._own_systems = 0
+        self._system_used = False
+
+    def add(self, row: Row) -> None:
+        """Count the next row."""
+        if row.mark:
+            self._example = self._example or _unwrapped_example(row)
+            self._marks[row.mark] += 1
+        if row.own_system:
+            self._own_systems += 1
+            self._system_used |= any(turn.role == "system" for turn in row.problem.history)
+
+    def merge(self, later: "RowCounts") -> None:
+        """Add what was counted of the rows that follow."""
+        self._marks.update(later._marks)
+        self._example = self._example or later._example
+        self._own_systems += later._own_systems
+        self._system_used |= later._system_used
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """How many gold answers were unwrapped, from what, and how many rows have a system prompt."""
+        lines = []
+        if self._marks:
+            marks = ", ".join(f"{mark}: {n:,}" for mark, n in self._marks.most_common())
+            total = self._marks.total()
+            lines.append(f"{total:,} gold answers were unwrapped ({marks}), e.g. {self._example}")
+        if self._own_systems:
+            how = "used instead of prompt.system" if self._system_used else "left out (data.system=recipe)"
+            lines.append(f"{counted(self._own_systems)} with a system prompt in the data, {how}")
+        return tuple(lines)
 
 
-def _system_note(rows: Sequence[Row]) -> tuple[str, ...]:
-    """How many rows have a system prompt of their own, and whether it is used."""
-    own = [row.problem for row in rows if row.own_system]
-    if not own:
-        return ()
-    used = any(turn.role == "system" for problem in own for turn in problem.history)
-    how = "used instead of prompt.system" if used else "left out (data.system=recipe)"
-    return (f"{counted(len(own))} with a system prompt in the data, {how}",)
+def _unwrapped_example(row: Row) -> str:
+    given = row.given if len(row.given) <= _SHOWN_ENDING else f"...{row.given[-_SHOWN_ENDING:]}"
+    return f"row {row.problem.id}: {given!r} is {row.problem.answer[:_SHOWN_ENDING]!r}"
+
+
+def open_source(source: str, settings: Data, role: Role) -> tuple[Table, Data, SourceOptions]:
+    """Open a source with options: its rows, the settings by which they are read, and what it says of them.
+
+    Raises DataError when it cannot be used as a whole.
+    """
+    whole, options = read_options(source)
+    if options.response is not None:
+        columns = settings.columns.model_copy(update={"response": (options.response,)})
+        settings = settings.model_copy(update={"columns": columns})
+    return open_table(whole, settings, role), settings, options
 
 
 def load(
@@ -82,11 +116,7 @@ def load(
     if is_builtin(source):
         problems = open_builtin(source, role)
         return Loaded(rows=tuple(Row(problem=p, response=None) for p in problems), source=source)
-    whole, options = read_options(source)
-    if options.response is not None:
-        columns = settings.columns.model_copy(update={"response": (options.response,)})
-        settings = settings.model_copy(update={"columns": columns})
-    table = open_table(whole, settings, role)
+    table, settings, options = open_source(source, settings, role)
     reader = RowReader(table, settings, role=role, limit=decode_limit, decode=decode, store=store)
     rows: list[Row] = []
     bad: list[BadRow] = []
@@ -97,7 +127,10 @@ def load(
         else:
             bad.append(result)
     rows = options.part.of(rows) if options.part else rows
-    notes = (*table.notes, *reader.notes.lines, *_unwrapped_note(rows), *_system_note(rows))
+    counts = RowCounts()
+    for row in rows:
+        counts.add(row)
+    notes = (*table.notes, *reader.notes.lines, *counts.lines)
     return Loaded(rows=tuple(rows), bad=tuple(bad), source=source, notes=notes)
 
 

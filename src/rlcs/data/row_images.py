@@ -45,8 +45,13 @@ class RowImages:
         self._decoder = ImageDecoder() if decode else None
         self._measure = self._decoder.measured if self._decoder else measured
         self._store = store
+        self._holds_bytes = True
         self._paths: dict[str, ImageRef] = {}
         self._bytes: dict[str, ImageRef] = {}
+
+    def hold_no_bytes(self) -> None:
+        """From now on keep only checksum and size of an image that is embedded in a row."""
+        self._holds_bytes = False
 
     def read(self, value: object) -> tuple[ImageRef, ...]:
         """Open the images of a column. Raises DataError or ValueError."""
@@ -82,7 +87,7 @@ class RowImages:
 
     def _stored(self, ref: ImageRef, data: bytes) -> ImageRef:
         if self._store is None:
-            return ref
+            return ref if self._holds_bytes else replace(ref, data=None)
         path = self._store / f"{ref.sha256}.{image_kind(data)}"
         if not path.exists():  # the ranks of a run read the same rows, and write the same files
             atomic_write(path, data, sync=False)
@@ -122,13 +127,13 @@ def image_items(value: object) -> list[object]:
 
 def looks_like_image(value: object) -> bool:
     """Whether a value of a column with an unknown name is an image, or the path of one."""
+    if isinstance(value, str):
+        return len(value) <= _MAX_PATH and value.lower().endswith(_SUFFIXES)
     if isinstance(value, list):
         return bool(value) and looks_like_image(value[0])
-    if isinstance(value, Mapping):
-        return isinstance(value.get("bytes"), bytes)
     if isinstance(value, bytes):
         return bool(image_kind(value))
-    return isinstance(value, str) and len(value) <= _MAX_PATH and value.lower().endswith(_SUFFIXES)
+    return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
 
 
 def encoded_in(text: str, where: str) -> bytes | None:

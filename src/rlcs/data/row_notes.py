@@ -33,6 +33,12 @@ class RowNotes:
         self._counts[note] += 1
         self._first.setdefault(note, where)
 
+    def merge(self, later: "RowNotes") -> None:
+        """Add what was counted of the rows that follow."""
+        self._layouts.update(later._layouts)
+        self._counts.update(later._counts)
+        self._first = later._first | self._first
+
     @property
     def lines(self) -> tuple[str, ...]:
         """One line for each kind of note."""

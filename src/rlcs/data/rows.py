@@ -6,12 +6,11 @@ No content of a row raises an error: a faulty row becomes a `BadRow`, which name
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rlcs.data.files import RawRow
-from rlcs.data.layouts import LAYOUTS, Converted, Layout, may_be_read, recognise
+from rlcs.data.layouts import LAYOUTS, Converted, Layout, may_be_read, possible, recognise
 from rlcs.data.row_images import RowImages, image_items, looks_like_image
 from rlcs.data.row_notes import RowNotes
 from rlcs.data.sources import Role, Table, suggest
@@ -44,6 +43,8 @@ _MAX_PATH = 150
 _QWEN_SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
 """How Qwen's own chat template marks the place of an image."""
 _OTHER_MEDIA = ("videos", "audios")
+_NOT_CONVERTED = Converted(values={})
+"""What is read from a row in our own columns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +91,8 @@ class RowReader:
     """Reads the rows of one table; detects duplicate ids, and holds each image once.
 
     `notes` counts what a user should know: the layout, columns that differ, columns that are not read.
+    `ids` are those of the rows so far, and where these are; `images` opens theirs. `looks_back`: a row may
+    show the image of another row before it, so that it cannot be read without that.
     """
 
     def __init__(
@@ -106,22 +109,28 @@ class RowReader:
 
         Raises DataError when the table is known to lack a column that every row needs.
         """
-        self.notes = RowNotes()
+        self.forget()
         self._table = table
         self._as_given = settings.answers == "as_given"
         self._system = settings.system
         self._role = role
-        self._ids: dict[str, str] = {}
-        self._pictures: dict[str, tuple[ImageRef, ...]] = {}
-        self._images = RowImages(
+        self.images = RowImages(
             folders=table.folders, roots=table.roots, limit=limit, decode=decode, store=store
         )
         columns = settings.columns
         self._id_column = columns.id
         self._columns: dict[str, tuple[str, ...]] = columns.model_dump(exclude={"id"})
         self._mapped = {columns.id, *(name for group in self._columns.values() for name in group)}
+        self._plans: dict[_Names, _Plan] = {}
         if table.columns is not None and not may_be_read(table.columns):
             self._require_columns(table.columns)
+
+    def forget(self) -> None:
+        """Go on as if no row had been read; images stay known."""
+        self.notes = RowNotes()
+        self.ids: dict[str, str] = {}
+        self.looks_back = False
+        self._pictures: dict[str, tuple[ImageRef, ...]] = {}
 
     def _require_columns(self, present: tuple[str, ...]) -> None:
         fields = dict.fromkeys(present)
@@ -140,7 +149,7 @@ class RowReader:
         name, reason, subject = "", raw.reason, ""
         try:
             if not reason:
-                row = _Cells(raw.fields, self._columns)
+                row = _Cells(raw.fields, self._columns, self._plans)
                 name = self._id(raw, row)
                 return self._row(raw, row, name)
         except DataError as error:
@@ -158,7 +167,8 @@ class RowReader:
 
     def _id(self, raw: RawRow, row: "_Cells") -> str:
         """The row's id, by default its number. Raises ValueError if it is empty, odd or a duplicate."""
-        value = raw.fields.get(self._id_column, row.own_id(raw.number))
+        named = self._id_column in raw.fields
+        value = raw.fields[self._id_column] if named else row.own_id(raw.number)
         if type(value) is int or (isinstance(value, float) and value.is_integer()):
             value = str(int(value))
         if not is_filled(value):
@@ -167,15 +177,16 @@ class RowReader:
             raise ValueError(f"the id must be a printable text or a whole number, not {shown(value)}")
         if len(value) > _MAX_ID:
             raise ValueError(f"the id has {len(value):,} characters, more than {_MAX_ID}")
-        if value in self._ids and row.layout:  # LLaVA names several rows after one image
+        if value in self.ids and row.layout:  # LLaVA names several rows after one image
             self.notes.repeated_id(raw.where)
             value = f"{value}#{raw.number}"
-        if value in self._ids:
-            raise ValueError(f"duplicate id {value!r}, first at {self._ids[value]}")
-        self._ids[value] = raw.where
+        if value in self.ids:
+            raise ValueError(f"duplicate id {value!r}, first at {self.ids[value]}")
+        self.ids[value] = raw.where
         return value
 
     def _row(self, raw: RawRow, row: "_Cells", name: str) -> Row:
+        self.looks_back = self.looks_back or bool(row.layout and row.layout.id)
         question, present = row.get("question")
         if not present:
             names = self._columns["question"]
@@ -183,13 +194,15 @@ class RowReader:
         if question is None:
             raise ValueError("the question is empty")
         for media in _OTHER_MEDIA:
-            if is_filled(raw.fields.get(media)):
+            if media in row.filled:
                 raise ValueError(f"the row has {media}: only texts and images can be used")
         given, response, own_gold = self._answer_and_response(row)
         choices = choices_of(row.get("choices")[0])
         needed = response is None and self._role != "ask"
         answer, mark = (given, "") if self._as_given else _unwrapped(given, choices, needed=needed)
-        images = self._pictures.get(row.image_of_row) or self._images.read(row.images())
+        images = self._pictures.get(row.image_of_row) or ()
+        if not images and (own := row.images()):
+            images = self.images.read(own)
         if row.layout and row.layout.id:
             self._pictures[name] = images
         question, history = _with_slots(checked_text(question, "question"), row, images)
@@ -246,7 +259,7 @@ class RowReader:
 
     def _metadata(self, row: "_Cells") -> dict[str, Json]:
         """Short plain values of the further columns, such as category and level."""
-        read = self._mapped | row.layout_columns
+        read = self._mapped | row.layout_columns if row.layout else self._mapped
         return {
             checked_text(key, "name of a column"): value
             for key, value in row.fields.items()
@@ -268,27 +281,66 @@ class RowReader:
         for kept, other in row.differing():
             self.notes.differing(kept, other, raw.where)
         if not problem.images:
-            known = self._mapped | row.layout_columns
-            for name in (name for name in raw.fields if name not in known):
-                if looks_like_image(raw.fields[name]):
+            known = self._mapped | row.layout_columns if row.layout else self._mapped
+            for name, value in raw.fields.items():
+                if name not in known and looks_like_image(value):
                     self.notes.unread_image(str(name), raw.where)
+
+
+_Names = tuple[tuple[str, ...], tuple[str, ...]]
+"""The columns of a row, and those with a value."""
+_MAX_PLANS = 1_000
+"""Plans that are kept; a table of more kinds of rows has no columns to speak of."""
+
+
+class _Plan:
+    """What follows from the columns of a row and from which of them have a value: alike for most rows."""
+
+    def __init__(self, names: _Names, columns: Mapping[str, tuple[str, ...]]) -> None:
+        """`columns` are the names of our own for each group."""
+        present, filled = names
+        self.column: dict[str, str | None] = {}
+        """For each group the column that counts: the first with a value, or else the first that is there."""
+        for group, known in columns.items():
+            own = [name for name in known if name in filled] or [name for name in known if name in present]
+            self.column[group] = own[0] if own else None
+        self.layouts = possible(filled)
+        self.has_question = any(name in filled for name in columns["question"])
+        self.has_rivals = any(sum(name in filled for name in known) > 1 for known in columns.values())
+        """Whether several columns of a group have a value."""
 
 
 class _Cells:
     """The values of one row by the groups of our columns: those of our own columns, then of its layout."""
 
-    def __init__(self, fields: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> None:
-        """Take the columns of a row, and the names of our own for each group."""
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        columns: Mapping[str, tuple[str, ...]],
+        plans: dict[_Names, _Plan],
+    ) -> None:
+        """Take the columns of a row, the names of our own for each group, and the plans that are known."""
         self.fields = fields
         self._columns = columns
         self.filled = {name: value for name, value in fields.items() if is_filled(value)}
-        has_question = any(name in self.filled for name in columns["question"])
-        self.layout: Layout | None = recognise(self.filled, has_question=has_question)
+        names = tuple(fields), tuple(self.filled)
+        plan = plans.get(names)
+        if plan is None:
+            if len(plans) >= _MAX_PLANS:
+                plans.clear()
+            plan = plans[names] = _Plan(names, columns)
+        self._plan = plan
+        self.layout: Layout | None = None
+        if plan.layouts:
+            self.layout = recognise(self.filled, has_question=plan.has_question, among=plan.layouts)
+        self._converted = None if self.layout else _NOT_CONVERTED
 
-    @cached_property
+    @property
     def converted(self) -> Converted:
         """What the layout reads. Raises ValueError when it cannot be read."""
-        return self.layout.read(self.fields) if self.layout else Converted(values={})
+        if self._converted is None:
+            self._converted = self.layout.read(self.fields) if self.layout else _NOT_CONVERTED
+        return self._converted
 
     def own_id(self, number: int) -> Any:
         """The id that the layout has in a column of its own, or else the row number."""
@@ -302,11 +354,7 @@ class _Cells:
 
     def column(self, group: str) -> str | None:
         """The column of ours that counts: the first with a value, or else the first that is there."""
-        names = self._columns[group]
-        filled = next((name for name in names if name in self.filled), None)
-        if filled is not None:
-            return filled
-        return next((name for name in names if name in self.fields), None)
+        return self._plan.column[group]
 
     def get(self, group: str) -> tuple[Any, bool]:
         """The value of a group, and whether there is one at all (it may be empty)."""
@@ -318,6 +366,8 @@ class _Cells:
 
     def images(self) -> list[object]:
         """The images of the row: those in its messages, and for the others those of its image column."""
+        if not self.layout and self.column("images") is None:
+            return []
         own = image_items(self.get("images")[0])
         inline = self.converted.images
         if not inline:
@@ -343,6 +393,8 @@ class _Cells:
 
     def differing(self) -> list[tuple[str, str]]:
         """Columns that hold another value than the one that counts, each with that one."""
+        if not self.layout and not self._plan.has_rivals:
+            return []
         found = []
         for group, names in self._columns.items():
             values = {name: self.filled[name] for name in names if name in self.filled}
@@ -413,8 +465,10 @@ def _with_slots(question: str, row: _Cells, images: tuple[ImageRef, ...]) -> tup
     if row.converted.hint:
         question = f"{row.converted.hint}\n{question}"
     history = row.history()
+    if not images:
+        return question, history
     texts = [*(turn.text for turn in history), question]
-    if not images or any(IMAGE_SLOT in text for text in texts):
+    if any(IMAGE_SLOT in text for text in texts):
         return question, history
     *earlier, question = [text.replace(_QWEN_SLOT, IMAGE_SLOT) for text in texts]
     return question, tuple(

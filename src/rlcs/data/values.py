@@ -33,11 +33,14 @@ _NOTHING = ("[]", "{}", "[null]", "[None]")
 def is_filled(value: object) -> bool:
     """Whether a value holds anything: not null or NaN, no blank text, no list or mapping of such values."""
     if isinstance(value, str):
-        return bool(value) and not value.isspace() and value.strip() not in _NOTHING
+        text = value.strip()
+        return bool(text) and text not in _NOTHING
+    if value is None:
+        return False
     if isinstance(value, list | tuple | Mapping):
         items = value.values() if isinstance(value, Mapping) else value
         return any(map(is_filled, items))
-    return value is not None and value != b"" and value == value  # only NaN differs from itself
+    return value != b"" and value == value  # only NaN differs from itself
 
 
 def first_filled(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -96,6 +99,8 @@ def checked_text(value: object, what: str) -> str:
     """Check that a value is a text that UTF-8 can encode. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"the {what} must be a text, not {shown(value)}")
+    if value.isascii():
+        return value
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -126,7 +131,8 @@ def gold_text(value: object) -> str:
     """Convert a gold answer to text; a list is written as JSON, which `unwrap` reads. Raises ValueError."""
     if isinstance(value, list) and value:
         return json.dumps([answer_text(item) for item in value], ensure_ascii=False)
-    if isinstance(found := structured(value), Mapping):
+    found = structured(value)
+    if not isinstance(found, str) and isinstance(found, Mapping):
         raise ValueError(f"the answer must be a text or a number, not {shown(found)}")
     return answer_text(value)
 

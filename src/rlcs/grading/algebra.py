@@ -21,6 +21,9 @@ from rlcs.grading.tree import MINUS_ONE, Call, Const, Node, Num, Power, Product,
 MAX_BITS = 8_000
 """Most bits of an exact number; a longer one is too large to work out."""
 _BITS = 256
+_SHORT = 2**32
+"""No rational number with a denominator of up to 10,000 agrees in `_BITS` / 2 bits with a multiple of pi by a
+fraction of smaller numbers."""
 _MAX_ARGUMENT, _MAX_SIZE = 2**11, 2**40
 """Bounds of the arguments of functions, and of any value, as exponents of 2."""
 _SCALES, _USUAL = (0.6, 2.7, 17.0, -2.1, -31.0, 1e4), 3
@@ -100,12 +103,27 @@ def _denominators(node: Node) -> tuple[Node, ...]:
 def exact(node: Node) -> Fraction | None:
     """The value if it is a rational number; None if it is not, not known, or too large to work out."""
     value = _rational_or_none(node)
+    if value is None and (share := _share_of_pi(node)) and max(map(abs, share.as_integer_ratio())) < _SHORT:
+        return None
     values = _values({}, node, node) if value is None else None
     if values and not values[0].imag and abs(values[0]) < 2**_BITS:  # sqrt(16), sin(pi/6), log_2 8
         scaled = int(values[0].real * 2**_BITS)
         guess = Fraction(scaled, 2**_BITS).limit_denominator(10_000)
         return guess if equal(node, Num(guess)) else None
     return value
+
+
+def _share_of_pi(node: Node) -> Fraction | None:
+    r"""The 2/3 of `\frac{2\pi}{3}`; None for what is no product of pi and numbers."""
+    if node == Const("pi"):
+        return Fraction(1)
+    if not isinstance(node, Product):
+        return None
+    shares = [_rational_or_none(factor) for factor in node.factors]
+    if shares.count(None) != 1:
+        return None
+    of_pi = _share_of_pi(node.factors[shares.index(None)])
+    return of_pi and functools.reduce(operator.mul, [share for share in shares if share is not None], of_pi)
 
 
 def too_large(node: Node) -> bool:
@@ -185,7 +203,8 @@ def _values(point: _Point, a: Node, b: Node) -> tuple[Any, Any] | None:
     for bits in (_BITS, 8 * _BITS):
         at = _At(point, bits)
         try:
-            values = at.value(a), at.value(b)
+            value = at.value(a)
+            values = value, value if b is a else at.value(b)
         except _NO_VALUE:
             return None
         if at.lost * 8 <= bits:

@@ -18,6 +18,19 @@ def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: 
     With `choices` both may be letters or an option's value; letters are compared first. Numbers are
     compared exactly, or with `places` to a number of decimal places.
     """
+    verdict = decide(prediction, gold, choices, places=places)
+    if len(prediction) > MAX_CHARACTERS:
+        return verdict
+    answer, wanted = read(prediction), read(unwrap(gold).text or gold)
+    return replace(
+        verdict,
+        answer_value=verdict.answer_value or f"{answer.kind}: {answer}",
+        gold_value=verdict.gold_value or f"{wanted.kind}: {wanted}",
+    )
+
+
+def decide(prediction: str, gold: str, choices: Sequence[str] = (), *, places: int | None = None) -> Verdict:
+    """The verdict of `compare`, which need not say what was read on both sides."""
     as_text = prediction.strip() == gold.strip() and len(prediction) <= MAX_ANSWER
     if len(prediction) > MAX_CHARACTERS:
         return yes("the same text") if as_text else no("the answer is too long")
@@ -35,8 +48,4 @@ def compare(prediction: str, gold: str, choices: Sequence[str] = (), *, places: 
             verdict = yes(f"the same number to {places} decimal places")
     if verdict.correct is None and not any(verdict.formulas):
         verdict = formulas(answer, wanted)
-    return replace(
-        verdict,
-        answer_value=verdict.answer_value or f"{answer.kind}: {answer}",
-        gold_value=verdict.gold_value or f"{wanted.kind}: {wanted}",
-    )
+    return verdict

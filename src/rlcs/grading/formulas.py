@@ -87,7 +87,8 @@ def _number(text: str) -> Fraction:
     digits, _, power = text.lower().partition("e")
     if len(digits) > _MAX_DIGITS or len(power) > 4 or abs(int(power or 0)) > _MAX_DIGITS:
         raise NotAFormulaError("too many digits")
-    return Fraction(digits) * Fraction(10) ** int(power or 0)
+    value = Fraction(int(digits)) if digits.isdecimal() else Fraction(digits)
+    return value * Fraction(10) ** int(power) if power else value
 
 
 def _product(factors: Sequence[Node]) -> Node:
@@ -117,7 +118,8 @@ class _Reader:
         return self.tokens[index] if 0 <= index < len(self.tokens) else _NOTHING
 
     def text(self, ahead: int = 0) -> str:
-        return self.peek(ahead).text
+        index = self.position + ahead  # as `peek`: most of the time of reading is spent here
+        return self.tokens[index].text if 0 <= index < len(self.tokens) else ""
 
     def found(self, sign: str) -> bool:
         """Take the next token if it is a certain sign."""
@@ -126,8 +128,9 @@ class _Reader:
         return found
 
     def take(self, expected: str = "") -> Token:
-        if not self.text() or (expected and self.text() != expected):
-            raise NotAFormulaError(f"{self.text() or 'the end'} where {expected or 'a value'} should be")
+        text = self.text()
+        if not text or (expected and text != expected):
+            raise NotAFormulaError(f"{text or 'the end'} where {expected or 'a value'} should be")
         self.position += 1
         return self.peek(-1)
 

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
+from rlcs.grading.answers import decide
 from rlcs.grading.choices import chosen, without_label
-from rlcs.grading.compare import same
+from rlcs.grading.compare import Verdict, same, yes
 from rlcs.grading.extraction import extract
 from rlcs.grading.golds import unwrap
-from rlcs.grading.reading import is_plain_number, read, spelled
+from rlcs.grading.reading import MAX_CHARACTERS, is_plain_number, read, spelled
 from rlcs.grading.values import Expression, Letters
 from rlcs.records import option_letter
 
@@ -25,10 +28,42 @@ _TORN = re.compile(
     re.DOTALL,
 )
 """An answer that ends where something must follow: `x = 2 or`, `3 +`."""
+_BRACES = re.compile(r"[{}\\<]")
+"""What an answer has that is not the same inside of a box."""
 _SHOWN = 60
 
 
-def gold_fault(gold: str, choices: Sequence[str] = ()) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Doubt:
+    """A gold answer that math-verify must judge, or that is not right as an answer to itself.
+
+    `verdict` is the one on itself, `parts` are the formulas that math-verify must be able to read.
+    """
+
+    verdict: Verdict
+    parts: tuple[tuple[str, str], ...]
+
+
+@lru_cache(maxsize=4096)
+def inspect_gold(gold: str, choices: tuple[str, ...] = ()) -> str | Doubt | None:
+    """Why no answer can match a gold answer, or what is in doubt about it; None: an answer can match it.
+
+    With choices it is compared with itself, written with one more space so that it must be read; without
+    any, what is read at all is the same as itself.
+    """
+    if not choices and is_plain_number(gold):
+        return None
+    if fault := gold_fault(gold, choices):
+        return fault
+    text = unwrap(gold).text or ""
+    is_read = not choices and len(text) <= MAX_CHARACTERS and read(text).source
+    verdict = yes("the same text") if is_read else decide(f"~{text}", gold, choices)
+    parts = tuple(formulas_of(gold, choices))
+    return Doubt(verdict=verdict, parts=parts) if parts or not verdict.correct else None
+
+
+@lru_cache(maxsize=4096)
+def gold_fault(gold: str, choices: tuple[str, ...] = ()) -> str:
     """Say why no answer can match a gold answer, or "": what is seen without math-verify."""
     if not choices and is_plain_number(gold):
         return ""
@@ -36,7 +71,7 @@ def gold_fault(gold: str, choices: Sequence[str] = ()) -> str:
     named = f"the gold answer {gold[:_SHOWN]!r}"
     if found.text is None:
         return f"{named} cannot be used: {found.why}"
-    if extract(f"\\boxed{{{found.text}}}").text != found.text:
+    if _BRACES.search(found.text) and extract(f"\\boxed{{{found.text}}}").text != found.text:
         return f"{named} cannot be read: its braces do not match"
     fault = _option_fault(found.text, choices) if choices else ""
     if not fault and found.text not in choices:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -23,12 +23,9 @@ from rlcs.cores import usable_cores
 from rlcs.errors import RecipeError, RlcsError
 from rlcs.grading.channel import VARIABLE, Channel
 from rlcs.grading.compare import Verdict
-from rlcs.grading.extraction import BOXED, Extraction
-from rlcs.grading.golds import unwrap
-from rlcs.grading.inspection import formulas_of, gold_fault
+from rlcs.grading.inspection import Doubt, inspect_gold
 from rlcs.grading.own import KEY, problem_json
-from rlcs.grading.reading import is_plain_number
-from rlcs.grading.rewards import Undecided, grade_extracted, quick_grade
+from rlcs.grading.rewards import Undecided, quick_grade
 from rlcs.patience import OwnTime, Patience
 from rlcs.records import Grade, Problem, from_row
 
@@ -99,30 +96,29 @@ class GradePool(AbstractContextManager["GradePool"]):
     def gold_faults(self, problems: Iterable[Problem]) -> dict[Gold, str]:
         """Find gold answers (with their choices) that no answer can match, and the reasons.
 
-        Each is graded as an answer to itself, written with one more space so that it must be read; what is
-        not right, or cannot be read as a formula, is named.
+        Each must be right as an answer to itself, and be read as a formula where it is one (`inspect_gold`).
         """
-        seen = set[Gold]()
         faults = dict[Gold, str]()
-        doubtful = dict[Gold, tuple[Grade | Undecided, list[Pair]]]()
-        for problem in problems:  # one gold at a time: what was read of it is still in the cache
+        doubts = dict[Gold, Doubt]()
+        for problem in problems:
             gold = problem.answer, problem.choices
-            if gold in seen or (not problem.choices and is_plain_number(problem.answer)):
-                continue
-            seen.add(gold)
-            if fault := gold_fault(*gold):
-                faults[gold] = fault
-                continue
-            spaced = Extraction(text=f"\\,{unwrap(problem.answer).text}", why=BOXED)
-            itself, parts = grade_extracted(problem, spaced), formulas_of(*gold)
-            if parts or isinstance(itself, Undecided) or not itself.correct:
-                doubtful[gold] = itself, parts
-        grades = self.settle([itself for itself, _ in doubtful.values()])
-        read = self._decide(pair for _, parts in doubtful.values() for pair in parts)
-        for (gold, (_, parts)), grade in zip(doubtful.items(), grades, strict=True):
-            wrong = [read[pair] for pair in parts if not read[pair].correct]
+            found = inspect_gold(*gold)
+            if isinstance(found, Doubt):
+                doubts[gold] = found
+            elif found:
+                faults[gold] = found
+        return faults | self.settle_golds(doubts)
+
+    def settle_golds(self, doubts: Mapping[Gold, Doubt]) -> dict[Gold, str]:
+        """Let math-verify judge gold answers that are in doubt; the reasons why some cannot be matched."""
+        open_pairs = [each.verdict.formulas for each in doubts.values() if each.verdict.correct is None]
+        grades = self._decide([*open_pairs, *(pair for each in doubts.values() for pair in each.parts)])
+        faults = dict[Gold, str]()
+        for gold, doubt in doubts.items():
+            wrong = [grades[pair] for pair in doubt.parts if not grades[pair].correct]
             whys = [each.why if each.correct is None else "it is not a formula" for each in wrong]
-            whys += [] if grade.correct else [grade.why]
+            itself = doubt.verdict if doubt.verdict.correct is not None else grades[doubt.verdict.formulas]
+            whys += [] if itself.correct else [itself.why]
             if whys:
                 faults[gold] = f"the gold answer {gold[0][:60]!r} cannot be read: {whys[0]}"
         return faults

@@ -76,7 +76,9 @@ _NO_NAME = re.compile(r"[-+,!%°^\d]|\\(?:cdot|sqrt|pm)(?![A-Za-z])")
 _BEARING = re.compile(r"([NS]) ?(\d[\d.]*) ?°? ?([EW])")  # S 23.5° W
 _MAX_BASED = 240
 """Most characters of a number with its base."""
-_PLAIN_NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
+_PLAIN_NUMBER = re.compile(
+    r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?|(-?)\\[dt]?frac\{([0-9]{1,20})\}\{(0*[1-9][0-9]{0,18})\}"
+)
 _LETTERS = re.compile("[A-H]+|[①-⑳]+")
 _IN_BASE = re.compile(
     r"\(?([0-9A-Fa-f]*\d[0-9A-Fa-f]*(?:\.[0-9A-F]+)?|[A-F]{2,})\)?(_.+| ?\(?(?:in )?base ?.+)"
@@ -84,7 +86,7 @@ _IN_BASE = re.compile(
 
 
 def is_plain_number(text: str) -> bool:
-    """Whether a text is a decimal number as everybody writes it: `-12.50`, nothing else around it."""
+    r"""Whether a text is a number as everybody writes it: `-12.50`, `\frac{1}{3}`, nothing else around it."""
     return _PLAIN_NUMBER.fullmatch(text) is not None
 
 
@@ -97,9 +99,11 @@ def read(text: str) -> Value:
 
 @lru_cache(maxsize=4096)
 def _read(text: str) -> Value:
-    if is_plain_number(text):  # most answers, and the slow way through tokens makes the same of them
-        number = Fraction(text)
-        return Number(source=text, tree=Num(number), value=number)
+    if plain := _PLAIN_NUMBER.fullmatch(text):  # most answers: the slow way through tokens makes the same
+        sign, over, under = plain.groups()
+        number = Fraction(int(sign + over), int(under)) if under else Fraction(text)
+        source = f"{sign}\\frac{{{over}}}{{{under}}}" if under else text
+        return Number(source=source, tree=Num(number), value=number)
     return _read_tokens(text)
 
 
@@ -107,9 +111,10 @@ def _read_tokens(text: str) -> Value:
     tokens = _without_parameter(_peeled(_strip(tokenise(text))))
     if len(tokens) > MAX_TOKENS or depth_of(tokens) > MAX_DEPTH:
         return Text(source=latex(tokens), words=plain_words(text))
-    if name := _SETS_IN_WORDS.get(spoken(tokens).lower()):
-        tokens = [Token("command", name)]
-    if bearing := _BEARING.fullmatch(spoken(tokens)):
+    words = spoken(tokens)
+    if name := _SETS_IN_WORDS.get(words.lower()):
+        tokens, words = [Token("command", name)], ""
+    if bearing := _BEARING.fullmatch(words):
         return Text(source=latex(tokens), words=" ".join(bearing.groups()).casefold())
     return _date(tokens, ranges=True) or _value(tokens)
 

@@ -9,7 +9,7 @@ around formulas, sizes, colours, spaces, a full stop at the end.
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ MAX_TOKENS = 600
 
 OPENING = frozenset(["(", "[", "{", "\\{", "\\lfloor", "\\lceil", "\\langle", "\\begin"])
 CLOSING = frozenset([")", "]", "}", "\\}", "\\rfloor", "\\rceil", "\\rangle", "\\end"])
+_BRACKETS = OPENING | CLOSING
 
 
 def _table(lines: str) -> dict[str, str]:
@@ -141,6 +142,8 @@ _DROPPED = frozenset(
 _DROPPED_WITH_ARGUMENT = frozenset(
     "color textcolor colorbox hspace vspace phantom hphantom label tag".split()
 )
+_DECORATION = _DROPPED | _DROPPED_WITH_ARGUMENT | _WRAPPERS | {"mathbb"}
+"""Commands for which tokens are looked at one by one."""
 _TOKEN = re.compile(
     r"(?P<space>(?:\s|~|\\[,;:! >]|\\(?=\s))+)"
     r"|(?P<number>(?:\d+(?:\.\d+|\.(?![\w.]))?|\.\d+)(?:[eE][+-]?\d+(?![\d.]))?)"
@@ -166,13 +169,18 @@ _CIRCLED = re.compile(r"\\textcircled\s*\{?([1-9])\}?")
 _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d{1,30})\}?")
 
 
+@lru_cache(maxsize=4096)
 def tokenise(text: str) -> tuple[Token, ...]:
-    """Split an answer into at most `MAX_TOKENS` + 1 tokens."""
+    """Split an answer into at most `MAX_TOKENS` + 1 tokens. Equal texts give the same from a cache."""
     text = text.replace("\x0crac", "\\frac")  # some data sets have the escape \f (form feed) and "rac"
-    text = _DEGREE.sub("°", text if text.isascii() else _without_unicode(text))
-    text = _CIRCLED.sub(lambda m: chr(ord("①") - 1 + int(m[1])), _STARRED.sub(r"\1", text))
-    text = _REPEATING.sub(_spell_repeating, text)
-    text = _DECIMAL_COMMA.sub(".", _join_digit_groups(_EXPLICIT_GROUP.sub("", text)))
+    text = text if text.isascii() else _without_unicode(text)
+    if "{" in text or "\\" in text:  # without either the text has nothing that these would change
+        text = _DEGREE.sub("°", text)
+        text = _CIRCLED.sub(lambda m: chr(ord("①") - 1 + int(m[1])), _STARRED.sub(r"\1", text))
+        text = _REPEATING.sub(_spell_repeating, text)
+    if "," in text:
+        text = _EXPLICIT_GROUP.sub("", text)
+    text = _DECIMAL_COMMA.sub(".", _join_digit_groups(text))
     return tuple(_without_decoration(_spell(_EMPTY_OR_SIGN.sub(r"\1", text))))
 
 
@@ -205,7 +213,10 @@ def _join_digit_groups(text: str) -> str:
 
     In brackets a comma alone separates, `(100,200)`, unless others have a space after them: `(1,000, 2,000)`.
     """
-    pieces, depth = _BRACKET.split(_BY_SPACES.sub(_only_digits, text)), 0
+    text = _BY_SPACES.sub(_only_digits, text)
+    if "," not in text:
+        return text
+    pieces, depth = _BRACKET.split(text), 0
     for index, piece in enumerate(pieces):
         depth = max(0, depth + (piece in OPENING) - (piece in CLOSING))
         if depth == 0 or re.search(f",{_SPACE}", piece):
@@ -228,7 +239,10 @@ def _spell(text: str) -> list[Token]:
             gap = gap or piece != "\\!"
         if kind in ("space", "dropped") or (piece == "$" and not money):
             continue
-        piece = {"number": piece.removesuffix("."), "row": "\\\\"}.get(kind, "".join(piece.split()))
+        if kind == "number":
+            piece = piece.removesuffix(".")
+        elif kind != "word":
+            piece = "\\\\" if kind == "row" else "".join(piece.split())
         key = piece.lower() if kind == "word" and len(piece) > 3 else piece
         piece = _SPELLINGS.get(key, piece)
         if piece[0] == "\\" != piece:
@@ -244,6 +258,8 @@ def _spell(text: str) -> list[Token]:
 
 def _without_decoration(tokens: Tokens) -> list[Token]:
     r"""Drop sizes, colours and wrappers; words in `\text{}` and the like become upright."""
+    if not any(token.kind == "command" and token.text[1:] in _DECORATION for token in tokens):
+        return [token._replace(gap=False) if token.gap else token for token in tokens[:1]] + list(tokens[1:])
     kept: list[Token] = []
     braces: list[str] = []  # for each open brace: "{", or the wrapper that it belongs to
     position, gap = 0, False
@@ -314,7 +330,8 @@ def steps(tokens: Tokens) -> Iterator[int]:
     """The depth of brackets after each token."""
     depth = 0
     for token in tokens:
-        depth += (token.text in OPENING) - (token.text in CLOSING)
+        if token.text in _BRACKETS:
+            depth += 1 if token.text in OPENING else -1
         yield depth
 
 
@@ -333,6 +350,8 @@ def enclosed(tokens: Tokens) -> bool:
 
 def split(tokens: Tokens, separators: frozenset[str]) -> tuple[list[Tokens], list[str]]:
     """Cut at separators outside brackets; the parts, and the separators between them."""
+    if separators.isdisjoint([token.text for token in tokens]):
+        return [tokens[:]], []
     parts: list[Tokens] = []
     found: list[str] = []
     start = 0

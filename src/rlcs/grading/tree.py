@@ -80,18 +80,15 @@ HALF = Num(Fraction(1, 2))
 
 def children(node: Node) -> tuple[Node, ...]:
     """The nodes directly below a node."""
-    match node:
-        case Sum(terms):
-            return terms
-        case Product(factors):
-            return factors
-        case Power(base, exponent):
-            return base, exponent
-        case Call(_, arguments):
-            return arguments
-        case PlusMinus(term):
-            return (term,)
-    return ()
+    if isinstance(node, Num | Sym | Const):
+        return ()
+    if isinstance(node, Product):
+        return node.factors
+    if isinstance(node, Power):
+        return node.base, node.exponent
+    if isinstance(node, Sum):
+        return node.terms
+    return node.arguments if isinstance(node, Call) else (node.term,)
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -2,63 +2,98 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from rlcs.data.check import kinds_of_golds, option_notes, unmatchable
+from rlcs.data.files import JsonLines
 from rlcs.data.given import grade_given, sentences, unanswerable, why_left_out
-from rlcs.data.loading import load, require_usable
+from rlcs.data.loading import load, open_source, require_usable
 from rlcs.data.rows import BadRow, Row
 from rlcs.data.run_data import RunData, by_pass_rate, compare_with_test, sources_of
-from rlcs.data.sources import Role
+from rlcs.data.scan import scan
+from rlcs.data.scanner import ScanTask
+from rlcs.data.sources import Role, is_builtin
+from rlcs.data.tally import Kind, PromptLimit, RowCheck, Tally
 from rlcs.errors import DataError
 from rlcs.pipeline.data_checks import count_prompts, too_many
 from rlcs.recipe.schema import Recipe
 from rlcs.records import Problem
 
-_PIXELS_A_TOKEN = 28 * 28
-_BYTES_A_TOKEN = 4
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceCheck:
-    """What was found in one source: the rows that could be read, those that can be used, and all others.
+    """What was found in one source: how many rows can be used, and which cannot.
 
-    `refusal` is why a run does not start with it, or "".
+    `rows` could be read and `good` ones can be used; both are empty where rows were not held: then `lines`
+    are the numbers of the lines that can be used. `refusal` is why a run does not start with it, or "".
     """
 
     role: Role
     source: str
-    rows: tuple[Row, ...]
-    good: tuple[Row, ...]
+    usable: int
     bad: tuple[BadRow, ...]
     notes: tuple[str, ...]
-    kinds: Mapping[str, Sequence[Problem]]
-    """The good rows by what their gold answers are read as, the most frequent kind first."""
+    kinds: Mapping[str, Kind]
+    """What the gold answers of usable rows are read as, the most frequent kind first."""
+    rows: tuple[Row, ...] = ()
+    good: tuple[Row, ...] = ()
+    lines: Sequence[int] = ()
     refusal: str = ""
 
 
-def check_source(source: str, role: Role, recipe: Recipe, *, for_run: bool) -> SourceCheck:
+def check_source(
+    source: str, role: Role, recipe: Recipe, *, for_run: bool, keep: Literal["", "lines", "rows"] = ""
+) -> SourceCheck:
     """Read a source, decode every image, and try every gold answer, response and prompt.
 
-    With `for_run` the recipe is the one that will run: its model, teacher and limits decide too. Raises
-    DataError when the source as a whole cannot be used, and ModelError.
+    With `for_run` the recipe is the one that will run: its model, teacher and limits decide too. Rows, of
+    which a million take gigabytes, are held only then, where responses are graded, and where they are to be
+    kept: with `lines` their numbers are enough, if the source has a line for each. Raises DataError when the
+    source as a whole cannot be used, and ModelError.
     """
+    if for_run or keep == "rows" or role == "cold_start" or is_builtin(source):
+        return _check_held(source, role, recipe, for_run=for_run)
+    table, data, options = open_source(source, recipe.data, role)
+    has_lines = isinstance(table.rows, JsonLines)
+    if options.part is not None or (keep and not has_lines):  # which rows a part has depends on all of them
+        return _check_held(source, role, recipe, for_run=for_run)
+    scanner = scan(
+        ScanTask(
+            table=table,
+            settings=data,
+            role=role,
+            decode_limit=recipe.images.decode_limit,
+            prompt_limit=_prompt_limit(recipe),
+        )
+    )
+    bad = [*scanner.bad, *scanner.check.settle()]
+    tally = scanner.check.tally
+    return SourceCheck(
+        role=role,
+        source=source,
+        usable=tally.rows,
+        bad=_once(bad),
+        notes=(*scanner.notes, *tally.notes, *_length_notes(tally, recipe)),
+        kinds=tally.kinds,
+        lines=tally.places if has_lines else (),
+    )
+
+
+def _check_held(source: str, role: Role, recipe: Recipe, *, for_run: bool) -> SourceCheck:
     data = recipe.data
     loaded = load(source, data, decode_limit=recipe.images.decode_limit, role=role, decode=True)
-    rows, bad, notes = loaded.rows, list(loaded.bad), list(loaded.notes)
-    if data.answers == "unwrapped":
-        bad += unmatchable(rows)
+    rows, others, notes = loaded.rows, list[BadRow](), list(loaded.notes)
     if role == "cold_start":
         given = grade_given(rows)
         wrong = ((row, given.get(row.problem.id)) for row in rows)
-        bad += [
+        others += [
             row.refused(why) for row, each in wrong if each and (why := why_left_out(each, recipe.teacher))
         ]
         notes += sentences(rows, given, recipe.teacher)
-        bad += unanswerable(rows, recipe.teacher) if for_run else []
+        others += unanswerable(rows, recipe.teacher) if for_run else []
     refusal = ""
     if for_run:
         too_long, longest = count_prompts(rows, role, recipe)
-        bad += too_long
+        others += too_long
         try:
             require_usable(loaded, data)
             if error := too_many(
@@ -69,20 +104,30 @@ def check_source(source: str, role: Role, recipe: Recipe, *, for_run: bool) -> S
                 by_pass_rate([row.problem for row in rows], data)
         except DataError as refused:  # its further lines are among the bad rows
             refusal = f"{refused.what.splitlines()[0]}\n  -> {refused.fix}"
+    other_ids = {each.id for each in others}
+    check = RowCheck(_prompt_limit(recipe), golds=data.answers == "unwrapped")
+    for place, row in enumerate(rows):
+        check.add(place, row, usable=row.problem.id not in other_ids)
+    bad = [*loaded.bad, *check.settle(), *others]
     bad_ids = {each.id for each in bad}
     good = tuple(row for row in rows if row.problem.id not in bad_ids)
-    notes += option_notes(row.problem for row in good)
-    notes += _batch_notes(role, len(good), recipe) if for_run else _length_notes(good, recipe)
+    notes += check.tally.notes
+    notes += _batch_notes(role, len(good), recipe) if for_run else _length_notes(check.tally, recipe)
     return SourceCheck(
         role=role,
         source=source,
+        usable=len(good),
         rows=rows,
         good=good,
         bad=_once(bad),
         notes=tuple(notes),
-        kinds=kinds_of_golds(row.problem for row in good),
+        kinds=check.tally.kinds,
         refusal=refusal,
     )
+
+
+def _prompt_limit(recipe: Recipe) -> PromptLimit:
+    return PromptLimit(tokens=recipe.prompt.max_tokens, pixels=recipe.images.max_pixels)
 
 
 def _once(bad: Sequence[BadRow]) -> tuple[BadRow, ...]:
@@ -105,23 +150,15 @@ def _batch_notes(role: Role, count: int, recipe: Recipe) -> list[str]:
     return [f"{count:,} rows are fewer than {key}={size}: a step takes some of them several times"]
 
 
-def _length_notes(rows: Sequence[Row], recipe: Recipe) -> list[str]:
+def _length_notes(tally: Tally, recipe: Recipe) -> list[str]:
     """About how many tokens the longest prompt has, if it is longer than the recipe allows."""
-    limit, most_pixels = recipe.prompt.max_tokens, recipe.images.max_pixels
-
-    def tokens(row: Row) -> int:
-        pixels = sum(min(ref.width * ref.height, most_pixels) for ref in row.problem.images)
-        text = "".join(row.problem.texts) + "".join(row.problem.choices)
-        return pixels // _PIXELS_A_TOKEN + len(text.encode()) // _BYTES_A_TOKEN
-
-    lengths = [(tokens(row), row.problem.id) for row in rows]
-    longest, name = max(lengths, default=(0, ""))
+    limit, (longest, name) = recipe.prompt.max_tokens, tally.longest
     if longest <= limit:
         return []
-    count = sum(length > limit for length, _ in lengths)
     return [
-        f"{count:,} rows have prompts of more than {limit} tokens (the limit of {recipe.name}): set "
-        f"prompt.max_tokens in your recipe (row {name[:40]} has about {longest:,}); --recipe counts exactly"
+        f"{tally.num_too_long:,} rows have prompts of more than {limit} tokens (the limit of {recipe.name}): "
+        f"set prompt.max_tokens in your recipe (row {name[:40]} has about {longest:,}); "
+        "--recipe counts exactly"
     ]
 
 

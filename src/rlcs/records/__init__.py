@@ -83,15 +83,15 @@ class Problem:
         """Check for an id, a question, turns in order, and as many slots as images (or no slot at all)."""
         require(bool(self.id.strip()), "the id is empty")
         require(bool(self.question.strip()), "the question is empty")
-        spoken = [turn.role for turn in self.history if turn.role != "system"]
-        require("system" not in [turn.role for turn in self.history[1:]], "a system turn comes first")
-        in_order = ["user", "assistant"] * (len(spoken) // 2)
-        require(spoken == in_order, "before the question, turns of user and assistant alternate")
+        if self.history:
+            spoken = [turn.role for turn in self.history if turn.role != "system"]
+            require("system" not in [turn.role for turn in self.history[1:]], "a system turn comes first")
+            in_order = ["user", "assistant"] * (len(spoken) // 2)
+            require(spoken == in_order, "before the question, turns of user and assistant alternate")
         slots = sum(text.count(IMAGE_SLOT) for text in self.texts)
-        require(
-            slots in (0, len(self.images)),
-            f"the question has {slots} {IMAGE_SLOT} slots but the row has {len(self.images)} images",
-        )
+        if slots not in (0, len(self.images)):
+            what = f"the question has {slots} {IMAGE_SLOT} slots but the row has {len(self.images)} images"
+            raise ValueError(what)
 
     @property
     def digest(self) -> str:
@@ -104,7 +104,7 @@ class Problem:
     @property
     def texts(self) -> tuple[str, ...]:
         """The texts in which images may have slots: those of the history, then the question."""
-        return (*(turn.text for turn in self.history), self.question)
+        return (*[turn.text for turn in self.history], self.question)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
