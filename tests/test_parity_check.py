@@ -21,6 +21,7 @@ from rlcs.model import (
     parity_check,
     policy,
     recurrence,
+    tree_attention,
     vision_attention,
 )
 from rlcs.model.packing import pack
@@ -209,13 +210,13 @@ def test_a_tree_that_sees_the_one_before_is_caught(trained, monkeypatch):
 
 
 def test_the_fast_kernel_of_trees_is_checked(trained, monkeypatch):
-    monkeypatch.setattr(attention, "over_what_they_follow", lambda *_: [])
+    monkeypatch.setattr(tree_attention, "over_what_they_follow", lambda *_: [])
     assert min(shares(*trained)) > 5
 
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(attention, "_flash"), (vision_attention, "_by_length")],
+    [(tree_attention, "_flash"), (vision_attention, "_by_length")],
     ids=["language model", "vision tower"],
 )
 def test_a_kernel_that_is_wrong_in_bfloat16_alone_is_caught(monkeypatch, module, name):

@@ -13,12 +13,13 @@ from conftest import make_conversation, make_problem, path_ids, row_inputs
 from rlcs.data.images import open_image
 from rlcs.errors import UserError
 from rlcs.model import delta_net, loading, policy
-from rlcs.model.attention import DensePlan, TreePlan
+from rlcs.model.attention import DensePlan
 from rlcs.model.bins import within_budget
 from rlcs.model.layout import layout_of
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
 from rlcs.model.template_rules import rules_of
+from rlcs.model.tree_attention import TreePlan
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model, Prompts
 from rlcs.records import Demonstration
