@@ -209,6 +209,20 @@ def test_a_tree_that_sees_the_one_before_is_caught(trained, monkeypatch):
     assert max(agreement(vlm, chat, single), key=lambda one: one.share).share > 5
 
 
+def test_a_head_that_trees_share_and_do_not_see_is_caught(trained, monkeypatch):
+    vlm, chat, trees = trained
+    assert max(one.share for one in agreement(vlm, chat, trees, shares_head=True)) < 1
+    right = packing._layout
+
+    def blind(*inputs):
+        made = right(*inputs)
+        parts = [replace(s, parent=None if s.parent == 0 else s.parent) for s in made.segments]
+        return replace(made, segments=tuple(parts))
+
+    monkeypatch.setattr(packing, "_layout", blind)
+    assert min(one.share for one in agreement(vlm, chat, trees, shares_head=True)) > 5
+
+
 def test_the_fast_kernel_of_trees_is_checked(trained, monkeypatch):
     monkeypatch.setattr(tree_attention, "over_what_they_follow", lambda *_: [])
     assert min(shares(*trained)) > 5

@@ -12,6 +12,7 @@ from rlcs.data.stream import ProblemStream
 from rlcs.distributed import ALONE, World
 from rlcs.errors import DataError
 from rlcs.model.chat import Chat
+from rlcs.model.packing import Pack
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
 from rlcs.model.vlm import Vlm
@@ -57,7 +58,7 @@ def loss_on(demonstrations: Sequence[Demonstration], vlm: Vlm, chat: Chat, setti
     if not demonstrations:
         return None
     trees, _ = usable_trees(demonstrations, chat, vlm.world, turns=settings.turns)
-    packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
+    packs = packs_of(trees, vlm, chat, settings)
     sums = {"loss": 0.0, "tokens": 0.0}
     for pack, logprobs in zip(packs, logprobs_of(vlm, packs, temperature=1.0), strict=True):
         sums["loss"] -= (logprobs.cpu() * pack.weights).sum().item()
@@ -93,10 +94,10 @@ def train(
                 if error.where not in named:
                     named.add(error.where)
                     log.warning("sft leaves a demonstration out: %s", error)
-            packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
+            packs = packs_of(trees, vlm, chat, settings)
             prepared_share(stream.peek(settings.batch_size), chat, vlm.world)
             if step == first:
-                require_agreement(vlm, chat, trees)
+                require_agreement(vlm, chat, trees, shares_head=shares_head(vlm))
         with clock("update"):
             batches = [Batch(pack=pack) for pack in packs]
             result = trainer.step(batches, objective, average=settings.loss_average)
@@ -123,6 +124,18 @@ def usable_trees(
     if bad and len(bad) == len(demonstrations):
         raise bad[-1]
     return trees, bad
+
+
+def packs_of(trees: Sequence[Tree], vlm: Vlm, chat: Chat, settings: Sft) -> list[Pack]:
+    """This rank's packs of a step, of trees that share the system message."""
+    return packs_in_step(
+        trees, chat, budget=settings.pack_tokens, world=vlm.world, shares_head=shares_head(vlm)
+    )
+
+
+def shares_head(vlm: Vlm) -> bool:
+    """Whether trees of a pack may share what they begin with: experts are balanced tree by tree."""
+    return vlm.family.router is None
 
 
 def prepared_share(demonstrations: Sequence[Demonstration], chat: Chat, world: World) -> list[int]:
