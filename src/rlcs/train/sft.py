@@ -7,6 +7,7 @@ else carries loss.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rlcs.data.stream import ProblemStream
 from rlcs.distributed import ALONE, World
@@ -127,10 +128,31 @@ def usable_trees(
 
 
 def packs_of(trees: Sequence[Tree], vlm: Vlm, chat: Chat, settings: Sft) -> list[Pack]:
-    """This rank's packs of a step, of trees that share the system message."""
-    return packs_in_step(
-        trees, chat, budget=settings.pack_tokens, world=vlm.world, shares_head=shares_head(vlm)
-    )
+    """This rank's packs of a step, in which what prompts and responses begin with is computed once."""
+    shares, budget = shares_head(vlm), settings.pack_tokens
+    trees = of_one_prompt(trees, budget=budget) if shares else trees
+    return packs_in_step(trees, chat, budget=budget, world=vlm.world, shares_head=shares)
+
+
+def of_one_prompt(trees: Sequence[Tree], *, budget: int) -> list[Tree]:
+    """Trees with the same prompt as one, which merges responses that begin alike, if it fits the budget.
+
+    Where the prompt has a loss of its own, trees stay apart: each learns it.
+    """
+    made: list[Tree] = []
+    places: dict[tuple[tuple[int, ...], tuple[str, ...]], int] = {}
+    for tree in trees:
+        key = tree.prompt.ids, tuple(image.sha256 for image in tree.prompt.images)
+        if key in places and not tree.trunk_weights:
+            first = made[places[key]]
+            both = replace(first, branches=(*first.branches, *tree.branches), merges=True)
+            if both.num_tokens <= budget:
+                made[places[key]] = both
+                continue
+        if not tree.trunk_weights:
+            places[key] = len(made)
+        made.append(tree)
+    return made
 
 
 def shares_head(vlm: Vlm) -> bool:
