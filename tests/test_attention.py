@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from rlcs.errors import TrainingError
 from rlcs.model import attention
-from rlcs.model.attention import BLOCK, MAX_GRAPHS, DensePlan, FlexPlan, TreePlan, block_mask
+from rlcs.model.attention import BLOCK, MAX_GRAPHS, DensePlan, FlexPlan, block_mask
 from rlcs.model.layout import PATH, Layout, Scope, Segment, dense_mask, layout_of
+from rlcs.model.tree_attention import ALONE, TreePlan, blocks_of
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, SIZE = 4, 2, 32
@@ -215,6 +216,24 @@ def test_the_tree_kernel_equals_the_dense_one_in_every_scope(scope, dtype):
             for plan in (TreePlan, DensePlan)
         )
         torch.testing.assert_close(tree, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_trees_of_one_branch_need_no_second_block():
+    layout = layout_of([(ALONE // 2, [ALONE]), (ALONE, [1]), (3, [5]), (ALONE - 1, [])])
+    blocks = blocks_of(layout, PATH, CPU)
+    assert not blocks.others
+    assert [(s.start, s.stop) for s in blocks.alone] == [(0, 96), (96, 161)]
+    assert sum(len(bucket.source) for bucket in blocks.together) == 8 + ALONE - 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_joined_segments_see_what_they_saw_apart(seed):
+    layout = with_images(random_layout(seed, longest=60), seed)
+    joined = layout.joined()
+    followed = [segment.parent for segment in joined.segments if segment.parent is not None]
+    assert all(followed.count(parent) > 1 for parent in followed)
+    for scope in (PATH, *SCOPES):
+        assert torch.equal(dense_mask(joined, scope), dense_mask(layout, scope))
 
 
 @pytest.fixture

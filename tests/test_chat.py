@@ -9,7 +9,7 @@ from conftest import draw, make_conversation, make_problem
 from rlcs.data.images import open_image
 from rlcs.errors import ImageError, PromptError
 from rlcs.model import loading
-from rlcs.model.chat import default_system, set_default_system
+from rlcs.model.chat import RECENT_LENGTH, default_system, set_default_system
 from rlcs.model.chat_format import CHATML
 from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
 from rlcs.recipe.schema import Images, Model, Prompts, Recipe
@@ -146,6 +146,27 @@ def test_an_over_long_prompt_names_its_length_and_the_key(vlm):
 
 
 @pytest.mark.fault("limits", "an endless text", "refused before all of it is read")
+def test_what_stands_in_every_prompt_is_tokenised_once(vlm, monkeypatch):
+    chat, plain = (loading.make_chat(vlm, Prompts(system="Think first.")) for _ in range(2))
+    texts, tokenizer = [], chat._tokenizer
+
+    def counting(text, **options):
+        texts.append(text)
+        return tokenizer(text, **options)
+
+    monkeypatch.setattr(chat, "_tokenizer", counting)
+    problems = [make_problem(name, f"How many are {name}?") for name in "ab"]
+    assert [chat.prompt(p).ids for p in problems] == [plain.prompt(p).ids for p in problems]
+    assert len(texts) == len(set(texts)) and sum("How many" in text for text in texts) == 2
+    ids = chat.text_ids("How many")
+    ids.append(0)
+    assert chat.text_ids("How many") == ids[:-1], "the caller's list is its own"
+    texts.clear()
+    for _ in range(2):
+        chat.text_ids("x" * (RECENT_LENGTH + 1))
+    assert len(texts) == 2, "long texts are not kept"
+
+
 def test_an_endless_text_is_refused_before_all_of_it_is_tokenised(vlm, monkeypatch):
     chat, seen = loading.make_chat(vlm, prompts=Prompts(max_tokens=3000)), []
     tokenise = chat.text_ids

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from test_image_features import tower_runs
 POSITIONS_OF_A_USEFUL_TOKEN = 1.15
 """Of rollouts: a prompt's tokens once, an answer's but its last. More are rows that have ended."""
 TOKENS_OF_SFT = 1.0
-"""Through the model for a token of a demonstration: no padding, no second pass."""
+"""Through the model for a token of a demonstration: no padding, no second pass, system messages once."""
 TOKENS_OF_A_TARGET = 4.8
 """Through the model in a step of GRPO for an answer token: prompts of 53 tokens, answers of 12 at most."""
 ENCODINGS_OF_AN_IMAGE = 3
@@ -159,13 +160,18 @@ def test_sft_computes_each_token_and_each_image_once(vlm, chat, tmp_path):
         StopFlag() as stop,
         screen("sft", 3, quiet=True) as view,
     ):
-        steps = Steps(view, lambda: (sum(passes), sum(encoded), bytes_written()))
+        steps = Steps(view, lambda: (sum(passes), sum(encoded), bytes_written(), len(passes)))
         stage = RunDir(tmp_path, name="sft", seed=3, settings=settings, recipe_hash="h")
         sft.train(vlm, chat, demonstrations, settings, run=stage, screen=steps, stop=stop)
     # The first step has the checks of a run's start; the others learn what is left of the epoch.
     (first, before), _, (_, after) = steps.seen
-    left = sum(tree.num_tokens for tree in trees) - first.values["tokens"]
+    before_image = [tree.prompt.ids[: tree.prompt.spans[0][0]] for tree in trees]
+    head = len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(*before_image, strict=False))))
+    repeated = len(steps.seen) * head * (settings.batch_size - 1)
+    assert head > 3, "more than the first words of the question's turn"
+    left = sum(tree.num_tokens for tree in trees) - repeated - first.values["tokens"]
     assert after[0] - before[0] <= TOKENS_OF_SFT * left
+    assert after[3] - before[3] == 2, "one pass a step"
     [of_an_image] = {patches([tree.prompt]) for tree in trees}
     assert after[1] - before[1] <= 8 * of_an_image
     assert after[2] - before[2] <= 2 * BYTES_OF_A_STEP

@@ -36,8 +36,7 @@ from rlcs.doctor.gpu.ranks import OwnMachine, environment, free_port
 from rlcs.doctor.gpu.runner import SPECS, Spec, run
 from rlcs.engines.local import LocalEngine
 from rlcs.errors import UserError
-from rlcs.model import attention as model_attention
-from rlcs.model import layout, loading, packing
+from rlcs.model import layout, loading, packing, tree_attention
 from rlcs.plan.measured import Rates, read_rates
 from rlcs.train import state as training
 
@@ -173,7 +172,7 @@ def test_attention(setting, monkeypatch):
         patch.setattr(attention, "MOST_GRAPHS", -1)
         patch.setattr(attention, "_worst", lambda *arguments: (0.0, 1.0))
         assert "kernels were compiled" in attention.check(setting).message
-    monkeypatch.setattr(model_attention, "over_what_they_follow", lambda *_: [])
+    monkeypatch.setattr(tree_attention, "over_what_they_follow", lambda *_: [])
     found = attention.check(setting)
     assert not found.ok and found.fix == "set model.attention=dense" and "float32: off by" in found.message
 

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_problem, path_ids, row_inputs
+from rlcs.model import packing
 from rlcs.model.bins import within_budget
 from rlcs.model.layout import Layout, Segment, dense_mask
 from rlcs.model.packing import pack, trunk_positions
 from rlcs.records import Prompt
+from rlcs.records.routes import Routes
 from rlcs.records.trees import Branch, Tree
 
 IMAGE = 7
@@ -124,6 +126,51 @@ def test_answers_that_begin_alike_are_computed_once_up_to_where_they_part(data):
         beginnings = {tuple(answer[:stop]) for answer in answers for stop in range(1, len(answer) + 1)}
         assert tokens == len(prompt.ids) + len(beginnings) == packed.num_tokens - apart.num_tokens
     assert tokens <= apart.num_tokens
+
+
+@given(trees())
+@settings(max_examples=60, deadline=None)
+def test_trees_that_share_what_their_prompts_begin_with_see_and_learn_the_same(made):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlcs.model.packing.LEAST_SHARE", 0.0)
+        apart, together = (pack(made, no_pixels, shares_head=shares) for shares in (False, True))
+    head = min(len(tree.prompt.ids) for tree in made) - 1 if len(made) > 1 else 0
+    assert together.num_tokens == apart.num_tokens - head * (len(made) - 1)
+    for name in ("targets", "weights", "sequence", "sampler_logprobs"):
+        assert torch.equal(getattr(together, name), getattr(apart, name))
+    masks = [dense_mask(packed.layout) for packed in (apart, together)]
+    for before, after in zip(apart.predictors, together.predictors, strict=True):
+        was, now = masks[0][before], masks[1][after]
+        assert together.ids[now].tolist() == apart.ids[was].tolist()
+        assert together.positions[:, now].tolist() == apart.positions[:, was].tolist()
+
+
+def test_a_head_is_shared_where_it_saves_enough_and_up_to_the_first_image():
+    def tree(ids, *, spans=(), weights=(), routes=None, length=2):
+        prompt = Prompt(
+            problem_id="p", ids=ids, images=(picture,) * len(spans), grids=((1, 2, 4),) * len(spans),
+            spans=spans, image_token_id=IMAGE, merge_size=2, positions="line",
+        )  # fmt: skip
+        branch = Branch(ids=(30,) * length, weights=(1.0,) * length, routes=routes)
+        return Tree(prompt=prompt, branches=(branch,), trunk_weights=weights)
+
+    def head(*trees):
+        return packing._common_head(trees)
+
+    [picture] = make_problem("p").images
+    text = tuple(range(10, 20))
+    assert head(tree(text), tree(text)) == 9, "of each prompt a token is left"
+    assert head(tree(text), tree(text), tree((10, 11, 99))) == 2
+    pictured = tree((*text[:4], IMAGE, IMAGE, *text[6:]), spans=((4, 6),))
+    assert head(pictured, pictured) == 4
+    assert head(tree(text), tree((1, *text))) == head(tree(text)) == 0
+    assert head(tree(text), tree(text, length=500)) == 0, "it saves less than it costs"
+    with_routes = tree(text, routes=Routes(layers=1, chosen=1, data=bytes(2)))
+    assert head(tree(text), with_routes) == 0
+    # A token of the head that has a loss is a target of its own tree alone.
+    learnt = pack([tree(text), tree(text, weights=(0, 1.0, *(0,) * 8))], no_pixels, shares_head=True)
+    assert learnt.predictors.tolist() == [9, 10, 0, 12, 13]
+    assert learnt.targets.tolist() == [30, 30, 11, 30, 30]
 
 
 def test_targets_in_a_trunk_are_predicted_in_the_trunk_and_belong_to_its_branch():

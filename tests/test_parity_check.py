@@ -21,6 +21,7 @@ from rlcs.model import (
     parity_check,
     policy,
     recurrence,
+    tree_attention,
     vision_attention,
 )
 from rlcs.model.packing import pack
@@ -208,14 +209,28 @@ def test_a_tree_that_sees_the_one_before_is_caught(trained, monkeypatch):
     assert max(agreement(vlm, chat, single), key=lambda one: one.share).share > 5
 
 
+def test_a_head_that_trees_share_and_do_not_see_is_caught(trained, monkeypatch):
+    vlm, chat, trees = trained
+    assert max(one.share for one in agreement(vlm, chat, trees, shares_head=True)) < 1
+    right = packing._layout
+
+    def blind(*inputs):
+        made = right(*inputs)
+        parts = [replace(s, parent=None if s.parent == 0 else s.parent) for s in made.segments]
+        return replace(made, segments=tuple(parts))
+
+    monkeypatch.setattr(packing, "_layout", blind)
+    assert min(one.share for one in agreement(vlm, chat, trees, shares_head=True)) > 5
+
+
 def test_the_fast_kernel_of_trees_is_checked(trained, monkeypatch):
-    monkeypatch.setattr(attention, "over_what_they_follow", lambda *_: [])
+    monkeypatch.setattr(tree_attention, "over_what_they_follow", lambda *_: [])
     assert min(shares(*trained)) > 5
 
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(attention, "_flash"), (vision_attention, "_by_length")],
+    [(tree_attention, "_flash"), (vision_attention, "_by_length")],
     ids=["language model", "vision tower"],
 )
 def test_a_kernel_that_is_wrong_in_bfloat16_alone_is_caught(monkeypatch, module, name):

@@ -13,12 +13,13 @@ from conftest import make_conversation, make_problem, path_ids, row_inputs
 from rlcs.data.images import open_image
 from rlcs.errors import UserError
 from rlcs.model import delta_net, loading, policy
-from rlcs.model.attention import DensePlan, TreePlan
+from rlcs.model.attention import DensePlan
 from rlcs.model.bins import within_budget
 from rlcs.model.layout import layout_of
 from rlcs.model.packing import pack
 from rlcs.model.policy import score
 from rlcs.model.template_rules import rules_of
+from rlcs.model.tree_attention import TreePlan
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model, Prompts
 from rlcs.records import Demonstration
@@ -167,9 +168,15 @@ def test_a_pack_equals_the_padded_repeated_batch(vlm, chat, case, attention):
 
 
 @pytest.mark.parametrize(
-    "case", ["many trees of mixed sizes", "answers that fork", "answers that begin alike"]
+    ("case", "shares_head"),
+    [
+        ("many trees of mixed sizes", False),
+        ("many trees of mixed sizes", True),
+        ("answers that fork", True),
+        ("answers that begin alike", False),
+    ],
 )
-def test_in_double_precision_a_pack_is_exact(vlm, chat, case, monkeypatch):
+def test_in_double_precision_a_pack_is_exact(vlm, chat, case, shares_head, monkeypatch):
     """Every path and gradient, with nothing left that rounding could hide."""
     # Recomputed in the backward pass, which `InDouble` does not reach there.
     monkeypatch.setattr(policy, "checkpoint", lambda compute, *inputs, use_reentrant: compute(*inputs))
@@ -179,7 +186,8 @@ def test_in_double_precision_a_pack_is_exact(vlm, chat, case, monkeypatch):
         vlm.model.set_experts_implementation("eager")
     with InDouble():
         trees = make_trees(chat, CASES[case])
-        packed = pack(trees, chat.patches)
+        packed = pack(trees, chat.patches, shares_head=shares_head)
+        assert (packed.num_tokens < sum(tree.num_tokens for tree in trees)) == shares_head
         scores = score(vlm, packed)
         ours = gradients(vlm, -(packed.weights * scores.logprobs).sum())
         plain, entropy = padded_logprobs(vlm, chat, trees)
@@ -191,11 +199,26 @@ def test_in_double_precision_a_pack_is_exact(vlm, chat, case, monkeypatch):
 
 
 def test_chunks_of_the_head_change_nothing(vlm, chat, monkeypatch):
+    computed, recomputing = policy._score_chunk, policy.checkpoint
+    counts = {"kept": 0, "recomputed": 0}
+
+    def counted(kind, compute, *inputs, **options):
+        counts[kind] += 1
+        return compute(*inputs, **options)
+
+    monkeypatch.setattr(policy, "_score_chunk", lambda *inputs: counted("kept", computed, *inputs))
+    monkeypatch.setattr(
+        policy,
+        "checkpoint",
+        lambda _, *inputs, **options: counted("recomputed", recomputing, computed, *inputs, **options),
+    )
     packed = pack(make_trees(chat, CASES["one tree"]), chat.patches)
     whole = score(vlm, packed)
+    assert counts == {"kept": 1, "recomputed": 0}
     whole_grads = gradients(vlm, whole.logprobs.sum())
     monkeypatch.setattr(policy, "LOGIT_CHUNK", 4 * vlm.model.get_output_embeddings().weight.shape[0])
     parts = score(vlm, packed)
+    assert counts == {"kept": 2, "recomputed": 3}  # 15 targets in chunks of 4; the last is kept
     torch.testing.assert_close(parts.logprobs, whole.logprobs)
     assert_same_gradients(gradients(vlm, parts.logprobs.sum()), whole_grads)
 

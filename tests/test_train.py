@@ -233,6 +233,38 @@ def test_sft_learns_and_its_loss_is_the_token_mean(random_model_folder, demonstr
         )
 
 
+def test_responses_to_one_prompt_are_learnt_as_one_tree_with_the_same_gradients(random_model_folder):
+    responses = ["It is four, as one can see at once.", "It is four, as one can count up.", "Five.", "Five."]
+    asked = [make_problem(name) for name in ("a", "b", "a", "a", "b")]
+    made = [
+        Demonstration(problem=problem, response=text, teacher="t")
+        for problem, text in zip(asked, [*responses, responses[0]], strict=True)
+    ]
+    asked_again = [Demonstration(problem=make_conversation("c"), response="4", teacher="t")] * 2
+    vlm, chat = fresh(random_model_folder)
+    trees = [replace(sft.tree_of(each, chat), trunk_weights=()) for each in made]
+    talks = [sft.tree_of(each, chat) for each in asked_again]
+    [together] = sft.packs_of([*trees, *talks], vlm, chat, Sft())
+    assert len(together.images) == len({p.images[0].sha256 for p in asked}) + 2 * len(talks[0].prompt.images)
+    assert together.num_sequences == 7 and together.num_tokens < sum(t.num_tokens for t in [*trees, *talks])
+    results = []
+    for packs in ([together], [pack([tree], chat.patches) for tree in (*trees, *talks)]):
+        vlm.model.zero_grad()
+        for packed in packs:
+            (-(packed.weights * score(vlm, packed).logprobs).sum()).backward()
+        results.append({name: p.grad.clone() for name, p in vlm.model.named_parameters()})
+    for name, exact in results[1].items():
+        assert float((results[0][name] - exact).norm()) <= 1e-5 * max(1.0, float(exact.norm())), name
+
+
+def test_trees_of_one_prompt_join_as_long_as_they_fit_a_pack(vlm, chat):
+    one = sft.tree_of(Demonstration(problem=make_problem("a"), response="1 2 3", teacher="t"), chat)
+    other = replace(one, branches=(replace(one.branches[0], ids=one.branches[0].ids[::-1]),))
+    size = replace(one, branches=(*one.branches, *other.branches)).num_tokens
+    assert [len(tree.branches) for tree in sft.of_one_prompt([one, other], budget=size)] == [2]
+    assert [len(tree.branches) for tree in sft.of_one_prompt([one, other] * 2, budget=size - 1)] == [1] * 4
+
+
 def test_every_assistant_turn_is_learnt_or_the_last_alone(random_model_folder, tmp_path):
     talks = [
         Demonstration(problem=make_conversation(name), response="\\boxed{4}", teacher="t") for name in "ab"

@@ -30,7 +30,6 @@ from rlcs.recipe.schema import Model, Prompts
 from rlcs.recipe.stages import Optimizer, Sft
 from rlcs.records import Demonstration, Problem
 from rlcs.train import sft
-from rlcs.train.batching import packs_in_step
 from rlcs.train.trainer import Batch, Trainer
 
 EXAMPLES, BATCH = 96, 32
@@ -116,7 +115,7 @@ def settings() -> Sft:
 
 
 def ours(work: Work) -> Callable[[], tuple[list[float], int]]:
-    """An epoch from the start, as `sft.train` runs it; returns losses, and how many tokens were computed."""
+    """An epoch from the start, as `sft.train` runs it; returns losses, and the demonstrations' tokens."""
     chosen = settings()
     vlm = loading.load(Model(name=work.folder, dtype="float32"), device=work.options.device)
     chat = loading.make_chat(vlm)
@@ -128,13 +127,13 @@ def ours(work: Work) -> Callable[[], tuple[list[float], int]]:
         for step in range(work.steps):
             taken = work.demonstrations[step * BATCH : (step + 1) * BATCH]
             trees, _ = sft.usable_trees(taken, chat)
-            packs = packs_in_step(trees, chat, budget=chosen.pack_tokens, world=ALONE)
+            packs = sft.packs_of(trees, vlm, chat, chosen)
             sft.prepared_share(work.demonstrations[(step + 1) * BATCH : (step + 2) * BATCH], chat, ALONE)
             result = trainer.step(
                 [Batch(pack=pack) for pack in packs], objective, average=chosen.loss_average
             )
             losses.append(result.loss)
-            tokens += result.tokens
+            tokens += sum(tree.num_tokens for tree in trees)
         return losses, tokens
 
     return epoch

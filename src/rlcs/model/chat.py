@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ Segment = int | str | ImageRef
 """A control id, plain text, or an image."""
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 """A token that stands for a byte, in vocabularies whose other tokens are letters."""
+RECENT_TEXTS, RECENT_LENGTH = 256, 2000
+"""How many texts' ids are kept, and the longest such text in characters: what stands in every prompt."""
 SLICE = 1 << 16
 """Characters of a text that are tokenised at once to check whether it can fit at all."""
 
@@ -58,6 +61,7 @@ class Chat:
         self._max_tokens = max_tokens
         self._positions = family.positions
         self._format = format = family.chat_format
+        self._recent_ids = lru_cache(RECENT_TEXTS)(self._new_ids)
         self._opening = [self._control(token) for token in format.opening]
         self._start = self._control(format.turn_start)
         self.end_id = self._control(format.turn_end)
@@ -217,8 +221,11 @@ class Chat:
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of plain text, without control ids whatever the text looks like."""
+        return list(self._recent_ids(text) if len(text) <= RECENT_LENGTH else self._new_ids(text))
+
+    def _new_ids(self, text: str) -> tuple[int, ...]:
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return list(encoded["input_ids"])
+        return tuple(encoded["input_ids"])
 
     def response_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a response to imitate, with the end token: what follows where a prompt ends."""

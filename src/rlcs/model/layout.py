@@ -3,8 +3,9 @@
 Letters in shapes: L tokens of the pack, n of those in a bucket.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +75,20 @@ class Layout:
             starts.append(0 if parent is None else starts[parent] + len(self.segments[parent]))
         parts = [torch.arange(len(s)) + d for s, d in zip(self.segments, starts, strict=True)]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+
+    def joined(self) -> "Layout":
+        """The same pack, in which a segment and the only one that follows it are one: tokens see the same."""
+        followers = Counter(segment.parent for segment in self.segments)
+        made: list[Segment] = []
+        places: list[int] = []
+        for segment in self.segments:
+            parent = segment.parent
+            if parent is not None and followers[parent] == 1:  # it comes right after its parent
+                made[-1] = replace(made[-1], stop=segment.stop)
+            else:
+                made.append(replace(segment, parent=None if parent is None else places[parent]))
+            places.append(len(made) - 1)
+        return Layout(segments=tuple(made), images=self.images)
 
 
 @dataclass(frozen=True, slots=True)

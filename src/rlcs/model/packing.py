@@ -6,7 +6,9 @@ where its trunk ends; the first token of every branch is predicted by the trunk'
 follow another branch in place of the trunk, as deep as one likes: an answer that forks. So
 the gradients of a pack are those of the padded, repeated batch. In a conversation earlier replies lie in
 the trunk, between images that may come after them; where they are learnt, trunk tokens are targets too.
-Branches that begin alike may share tokens (`Tree.merges`); each has its own targets for them.
+Branches that begin alike may share tokens (`Tree.merges`); each has its own targets for them. Trees whose
+prompts begin alike, with a system message, may share that head: it lies once before all of them, and every
+trunk follows it as a branch does.
 
 Letters in shapes: L tokens of the pack, N target tokens (all branch
 tokens, and those of the trunk with a loss weight), U different ones (those that branches share count once),
@@ -14,7 +16,7 @@ S branches, T trees.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -68,9 +70,9 @@ class Pack:
     sampler's logprobs (None if any branch has none). Targets in a trunk come before those of its first
     branch, and have its index in `sequence`. For every different one `predictors` (U,) is the hidden state
     that predicts it, and `targets` (U,) its id; `shared` (N,) is which of them a target is (None: U is N, in
-    the same order). `routes` (L, layers, k) are the experts that computed the tokens in sampling, below zero
-    where they are not known (None: nowhere). `held` (N,) says which tokens entropy control holds (None:
-    none).
+    the same order). `padding` are the tokens of trees without branches. `routes` (L, layers, k) are the
+    experts that computed the tokens in sampling, below zero where they are not known (None: nowhere). `held`
+    (N,) says which tokens entropy control holds (None: none).
     """
 
     layout: Layout
@@ -88,6 +90,7 @@ class Pack:
     routes: Tensor | None = None
     held: Tensor | None = None
     shared: Tensor | None = None
+    padding: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -115,48 +118,49 @@ class Pack:
         return replace(self, **moved)
 
 
-def pack(trees: Sequence[Tree], pixels: PixelSource, *, keeps_features: bool = False) -> Pack:
+LEAST_SHARE = 0.02
+"""Share of a pack's tokens that a common head must save: all that follows it attends in one more block."""
+
+
+def pack(
+    trees: Sequence[Tree], pixels: PixelSource, *, keeps_features: bool = False, shares_head: bool = False
+) -> Pack:
     """Lay trees end to end. Every image is included once, however many branches its tree has.
 
-    With `keeps_features` a frozen vision tower runs once, however often the pack goes through the model.
+    With `keeps_features` a frozen vision tower runs once, however often the pack goes through the model; with
+    `shares_head` what all prompts begin with is computed once.
     """
     if not trees:
         raise ValueError("a pack needs at least one tree")
     shapes = [tree.shape for tree in trees]
-    layout = _layout(trees, shapes)
-    trunks = iter(layout.trunks)
+    head = _common_head(trees) if shares_head else 0
+    layout = _layout(trees, shapes, head)
     branches = [branch for tree in trees for branch in tree.branches]
-    predictors, targets, weights = list[int](), list[int](), list[float]()
-    lengths, shared = list[int](), list[int]()
-    for tree, shape in zip(trees, shapes, strict=True):
-        in_trunk, start = tree.trunk_targets, next(trunks).start
-        shared += range(len(targets), len(targets) + len(in_trunk))
-        predictors += [start + i - 1 for i in in_trunk]
-        targets += [tree.prompt.ids[i] for i in in_trunk]
-        shared += _shared(shape, len(targets))
-        predictors += [start + i for i in _predictors(tree, shape)]
-        targets += [i for part in shape.parts for i in part.ids]
-        weights += [
-            *(tree.trunk_weights[i] for i in in_trunk),
-            *(w for b in tree.branches for w in b.weights),
-        ]
-        sizes = [len(branch.ids) for branch in tree.branches]
-        lengths += [len(in_trunk) + sizes[0], *sizes[1:]] if sizes else []
+    of_targets = _Targets.of(trees, shapes, head)
     grids = [grid for tree in trees for grid in tree.prompt.grids]
     with_logprobs = bool(branches) and all(b.logprobs is not None for b in branches)
     return Pack(
         layout=layout,
         ids=torch.tensor(
-            [i for tree, shape in zip(trees, shapes, strict=True) for i in _flat_ids(tree, shape)],
+            [
+                *trees[0].prompt.ids[:head],
+                *(i for each in zip(trees, shapes, strict=True) for i in _flat_ids(*each)[head:]),
+            ],
             dtype=torch.long,
         ),
-        positions=torch.cat([_positions(*each) for each in zip(trees, shapes, strict=True)], dim=1),
-        predictors=torch.tensor(predictors, dtype=torch.long),
-        targets=torch.tensor(targets, dtype=torch.long),
-        sequence=torch.repeat_interleave(
-            torch.arange(len(branches)), torch.tensor(lengths, dtype=torch.long)
+        positions=torch.cat(
+            [
+                _text_positions(0, head),
+                *(_positions(*each)[:, head:] for each in zip(trees, shapes, strict=True)),
+            ],
+            dim=1,
         ),
-        weights=torch.tensor(weights, dtype=torch.float32),
+        predictors=torch.tensor(of_targets.predictors, dtype=torch.long),
+        targets=torch.tensor(of_targets.targets, dtype=torch.long),
+        sequence=torch.repeat_interleave(
+            torch.arange(len(branches)), torch.tensor(of_targets.lengths, dtype=torch.long)
+        ),
+        weights=torch.tensor(of_targets.weights, dtype=torch.float32),
         sampler_logprobs=(
             torch.tensor([x for b in branches for x in b.logprobs or ()], dtype=torch.float32)
             if with_logprobs
@@ -168,8 +172,60 @@ def pack(trees: Sequence[Tree], pixels: PixelSource, *, keeps_features: bool = F
         kept={} if keeps_features else None,
         routes=_routes(trees),
         held=_held(trees),
-        shared=torch.tensor(shared, dtype=torch.long) if any(tree.merges for tree in trees) else None,
+        shared=(
+            torch.tensor(of_targets.shared, dtype=torch.long) if any(tree.merges for tree in trees) else None
+        ),
+        padding=sum(len(tree.prompt.ids) - head for tree in trees if not tree.branches),
     )
+
+
+@dataclass(slots=True)
+class _Targets:
+    """The target tokens of a pack (see `Pack`) as lists, with how many (S,) each branch has."""
+
+    predictors: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree], shapes: Sequence[Shape], head: int) -> "_Targets":
+        """Those of trees that lie behind the `head` tokens that all share."""
+        found, before = cls(), 0
+        for tree, shape in zip(trees, shapes, strict=True):
+            found._add(tree, shape, head, before)
+            before += len(tree.prompt.ids) - head + sum(len(part.ids) for part in shape.parts)
+        return found
+
+    def _add(self, tree: Tree, shape: Shape, head: int, before: int) -> None:
+        """Add those of one tree, with `before` tokens of others between the head and its own."""
+        in_trunk = tree.trunk_targets
+        self.shared += range(len(self.targets), len(self.targets) + len(in_trunk))
+        self.shared += _shared(shape, len(self.targets) + len(in_trunk))
+        in_tree = [*(i - 1 for i in in_trunk), *_predictors(tree, shape)]
+        self.predictors += [i if i < head else before + i for i in in_tree]
+        self.targets += [tree.prompt.ids[i] for i in in_trunk]
+        self.targets += [i for part in shape.parts for i in part.ids]
+        self.weights += [tree.trunk_weights[i] for i in in_trunk]
+        self.weights += [w for b in tree.branches for w in b.weights]
+        sizes = [len(branch.ids) for branch in tree.branches]
+        self.lengths += [len(in_trunk) + sizes[0], *sizes[1:]] if sizes else []
+
+
+def _common_head(trees: Sequence[Tree]) -> int:
+    """How many tokens all prompts begin with, up to the first image and their last token.
+
+    0 where sharing them costs more than it saves, and with experts to be replayed, which are those of whole
+    prompts.
+    """
+    first, *others = (tree.prompt for tree in trees)
+    routed = any(tree.trunk_routes or any(branch.routes for branch in tree.branches) for tree in trees)
+    if routed or not others:
+        return 0
+    limit = min(min([len(each.ids) - 1, *(start for start, _ in each.spans)]) for each in (first, *others))
+    head = next((i for i in range(limit) if any(each.ids[i] != first.ids[i] for each in others)), limit)
+    return head if head * len(others) >= LEAST_SHARE * sum(tree.num_tokens for tree in trees) else 0
 
 
 def _held(trees: Sequence[Tree]) -> Tensor | None:
@@ -207,13 +263,14 @@ def _flat_ids(tree: Tree, shape: Shape) -> list[int]:
     return [*tree.prompt.ids, *(i for part in shape.parts for i in part.ids)]
 
 
-def _layout(trees: Sequence[Tree], shapes: Sequence[Shape]) -> Layout:
-    segments: list[Segment] = []
+def _layout(trees: Sequence[Tree], shapes: Sequence[Shape], head: int) -> Layout:
+    segments = [Segment(start=0, stop=head)] if head else []
     images: list[tuple[int, int]] = []
     for tree, shape in zip(trees, shapes, strict=True):
         root, start = len(segments), segments[-1].stop if segments else 0
-        images += [(start + a, start + b) for a, b in tree.prompt.spans]
-        segments.append(Segment(start=start, stop=start + len(tree.prompt.ids)))
+        images += [(start - head + a, start - head + b) for a, b in tree.prompt.spans]
+        stop = start - head + len(tree.prompt.ids)
+        segments.append(Segment(start=start, stop=stop, parent=0 if head else None))
         for part in shape.parts:
             start, parent = segments[-1].stop, root if part.parent is None else root + 1 + part.parent
             segments.append(Segment(start=start, stop=start + len(part.ids), parent=parent))

@@ -83,7 +83,9 @@ def gap(differences: Tensor, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def agreement(vlm: Vlm, chat: Chat, trees: Sequence[Tree], *, temperature: float = 1.0) -> list[Agreement]:
+def agreement(
+    vlm: Vlm, chat: Chat, trees: Sequence[Tree], *, temperature: float = 1.0, shares_head: bool = False
+) -> list[Agreement]:
     """Compare packed with plain logprobs of the targets of trees: one result for each precision.
 
     Plain means: every answer after a copy of the prompt, through the stock attention of transformers, with
@@ -94,10 +96,10 @@ def agreement(vlm: Vlm, chat: Chat, trees: Sequence[Tree], *, temperature: float
     if not trees:
         return [Agreement()]
     native = vlm.model.get_output_embeddings().weight.dtype
-    found = [_compare(vlm, chat, trees, native, temperature)]
+    found = [_compare(vlm, chat, trees, native, temperature, shares_head)]
     if native != torch.float32:
         with _in_float32(vlm.model):
-            found.append(_compare(vlm, chat, trees, torch.float32, temperature))
+            found.append(_compare(vlm, chat, trees, torch.float32, temperature, shares_head))
     return found
 
 
@@ -138,9 +140,9 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def _compare(
-    vlm: Vlm, chat: Chat, trees: Sequence[Tree], dtype: torch.dtype, temperature: float
+    vlm: Vlm, chat: Chat, trees: Sequence[Tree], dtype: torch.dtype, temperature: float, shares_head: bool
 ) -> Agreement:
-    together = pack(trees, chat.patches, keeps_features=True)
+    together = pack(trees, chat.patches, keeps_features=True, shares_head=shares_head)
     counts = torch.bincount(together.sequence, minlength=together.num_sequences).tolist()
     routing = None if vlm.family.router is None else Routing()
     packed = iter(score(vlm, together, temperature=temperature, routing=routing).logprobs.split(counts))
@@ -354,13 +356,15 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def require_agreement(vlm: Vlm, chat: Chat, trees: Sequence[Tree], *, temperature: float = 1.0) -> Agreement:
+def require_agreement(
+    vlm: Vlm, chat: Chat, trees: Sequence[Tree], *, temperature: float = 1.0, shares_head: bool = False
+) -> Agreement:
     """Raise TrainingError on every rank if packed and plain logprobs disagree on one; else return the worst.
 
-    Every rank compares some of its trees, if it has any.
+    Every rank compares some of its trees, if it has any, packed as training packs them (`shares_head`).
     """
     with vlm.gathered():
-        own = agreement(vlm, chat, trees, temperature=temperature)
+        own = agreement(vlm, chat, trees, temperature=temperature, shares_head=shares_head)
     ranks = vlm.world.gather(own)
     worst = max((one for of_rank in ranks for one in of_rank), key=lambda one: one.share)
     if worst.share > 1:

@@ -69,16 +69,23 @@ NONE = Keep(patches=0)
 
 
 def packs_in_step(
-    trees: Sequence[Tree], chat: Chat, *, budget: int, world: World, keep: Keep = NONE
+    trees: Sequence[Tree],
+    chat: Chat,
+    *,
+    budget: int,
+    world: World,
+    keep: Keep = NONE,
+    shares_head: bool = False,
 ) -> list[Pack]:
     """Packs of this rank's trees, each of at most `budget` tokens; their images are decoded in the meantime.
 
     Every rank gets the same number of packs, and packs of one index have images on all ranks or on none. The
-    first packs, as many as `keep` allows on every rank, keep what a frozen vision tower returns.
+    first packs, as many as `keep` allows on every rank, keep what a frozen vision tower returns. For
+    `shares_head` see `pack`.
     """
     members = within_budget([tree.num_tokens for tree in trees], budget)
     groups = [[trees[i] for i in indices] for indices in members]
-    return _in_step(groups, chat, world, keep)
+    return _in_step(groups, chat, world, keep, shares_head=shares_head)
 
 
 def full_packs_in_step(
@@ -98,7 +105,9 @@ def full_packs_in_step(
     return _in_step(own, chat, world, keep) if packs else [], left
 
 
-def _in_step(groups: list[list[Tree]], chat: Chat, world: World, keep: Keep) -> list[Pack]:
+def _in_step(
+    groups: list[list[Tree]], chat: Chat, world: World, keep: Keep, *, shares_head: bool = False
+) -> list[Pack]:
     """A pack of each group, with padding trees where other ranks have more groups, or images."""
     groups.sort(key=lambda group: _patches(group) > 0, reverse=True)
     of_ranks = world.gather((keep.used, [_patches(group) for group in groups]))
@@ -112,7 +121,7 @@ def _in_step(groups: list[list[Tree]], chat: Chat, world: World, keep: Keep) -> 
             groups[index].append(padding_tree(chat, image=images))
         totals = [total + more for total, more in zip(totals, patches, strict=True)]
         keeps = images and max(totals) <= keep.patches
-        packs.append(pack(groups[index], chat.patches, keeps_features=keeps))
+        packs.append(pack(groups[index], chat.patches, keeps_features=keeps, shares_head=shares_head))
     chat.prepare(image for each in packs for image in each.images)
     return packs
 

@@ -7,11 +7,13 @@ else carries loss.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rlcs.data.stream import ProblemStream
 from rlcs.distributed import ALONE, World
 from rlcs.errors import DataError
 from rlcs.model.chat import Chat
+from rlcs.model.packing import Pack
 from rlcs.model.parity_check import require_agreement
 from rlcs.model.policy import Scores
 from rlcs.model.vlm import Vlm
@@ -57,7 +59,7 @@ def loss_on(demonstrations: Sequence[Demonstration], vlm: Vlm, chat: Chat, setti
     if not demonstrations:
         return None
     trees, _ = usable_trees(demonstrations, chat, vlm.world, turns=settings.turns)
-    packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
+    packs = packs_of(trees, vlm, chat, settings)
     sums = {"loss": 0.0, "tokens": 0.0}
     for pack, logprobs in zip(packs, logprobs_of(vlm, packs, temperature=1.0), strict=True):
         sums["loss"] -= (logprobs.cpu() * pack.weights).sum().item()
@@ -93,10 +95,10 @@ def train(
                 if error.where not in named:
                     named.add(error.where)
                     log.warning("sft leaves a demonstration out: %s", error)
-            packs = packs_in_step(trees, chat, budget=settings.pack_tokens, world=vlm.world)
+            packs = packs_of(trees, vlm, chat, settings)
             prepared_share(stream.peek(settings.batch_size), chat, vlm.world)
             if step == first:
-                require_agreement(vlm, chat, trees)
+                require_agreement(vlm, chat, trees, shares_head=shares_head(vlm))
         with clock("update"):
             batches = [Batch(pack=pack) for pack in packs]
             result = trainer.step(batches, objective, average=settings.loss_average)
@@ -123,6 +125,39 @@ def usable_trees(
     if bad and len(bad) == len(demonstrations):
         raise bad[-1]
     return trees, bad
+
+
+def packs_of(trees: Sequence[Tree], vlm: Vlm, chat: Chat, settings: Sft) -> list[Pack]:
+    """This rank's packs of a step, in which what prompts and responses begin with is computed once."""
+    shares, budget = shares_head(vlm), settings.pack_tokens
+    trees = of_one_prompt(trees, budget=budget) if shares else trees
+    return packs_in_step(trees, chat, budget=budget, world=vlm.world, shares_head=shares)
+
+
+def of_one_prompt(trees: Sequence[Tree], *, budget: int) -> list[Tree]:
+    """Trees with the same prompt as one, which merges responses that begin alike, if it fits the budget.
+
+    Where the prompt has a loss of its own, trees stay apart: each learns it.
+    """
+    made: list[Tree] = []
+    places: dict[tuple[tuple[int, ...], tuple[str, ...]], int] = {}
+    for tree in trees:
+        key = tree.prompt.ids, tuple(image.sha256 for image in tree.prompt.images)
+        if key in places and not tree.trunk_weights:
+            first = made[places[key]]
+            both = replace(first, branches=(*first.branches, *tree.branches), merges=True)
+            if both.num_tokens <= budget:
+                made[places[key]] = both
+                continue
+        if not tree.trunk_weights:
+            places[key] = len(made)
+        made.append(tree)
+    return made
+
+
+def shares_head(vlm: Vlm) -> bool:
+    """Whether trees of a pack may share what they begin with: experts are balanced tree by tree."""
+    return vlm.family.router is None
 
 
 def prepared_share(demonstrations: Sequence[Demonstration], chat: Chat, world: World) -> list[int]:

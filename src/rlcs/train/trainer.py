@@ -249,8 +249,7 @@ class _StepSums:
     def add(self, pack: Pack, scores: Scores, sums: LossSums) -> None:
         """Take up one pack, without waiting for its numbers."""
         # Padding trees are no work that was asked for.
-        ends = zip(pack.layout.segments, pack.layout.ends(), strict=True)
-        self._count("passed", sum(len(s) for s, end in ends if s.parent is not None or end > s.stop))
+        self._count("passed", pack.num_tokens - pack.padding)
         if sums.extra:
             self._unread.append((self._count, "loss", sums.loss.detach()))
             self._unread += [(self._mean, name, value) for name, value in sums.sums.items()]

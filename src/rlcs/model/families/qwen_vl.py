@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlcs.model import patch_projection
 from rlcs.model.chat_format import CHATML
 from rlcs.model.families.family import Family
 from rlcs.model.patches import FlatPatches
@@ -19,6 +20,11 @@ class QwenVl(Family):
     merger = r"^model\.visual\.merger\."
     language_model = r"^(model\.language_model\.|lm_head\.)"
     chat_format = CHATML
+
+    def install(self, model: PreTrainedModel) -> None:
+        """See `Family`."""
+        super().install(model)
+        patch_projection.install(model)
 
     def image_processing(self, processor: Any, *, min_pixels: int, max_pixels: int) -> FlatPatches:
         """See `Family`."""
