@@ -1,5 +1,7 @@
 """Prompts from segments: equal to the model's own template on clean text, unforgeable otherwise."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,13 +9,14 @@ from PIL import Image
 
 from conftest import draw, make_conversation, make_problem
 from rlcs.data.images import open_image
-from rlcs.errors import ImageError, PromptError
+from rlcs.errors import DataError, ImageError, PromptError
+from rlcs.model import chat as chat_module
 from rlcs.model import loading
 from rlcs.model.chat import RECENT_LENGTH, default_system, set_default_system
 from rlcs.model.chat_format import CHATML
 from rlcs.model.families.qwen2_vl import DEFAULT_SYSTEM
 from rlcs.recipe.schema import Images, Model, Prompts, Recipe
-from rlcs.records import ImageRef, Message, Problem, Request, Turn
+from rlcs.records import ImageRef, Message, Problem, Prompt, Request, Turn
 
 
 def template_ids(vlm, problem, system):
@@ -145,14 +148,13 @@ def test_an_over_long_prompt_names_its_length_and_the_key(vlm):
         chat.prompt(make_problem("problem-9"))
 
 
-@pytest.mark.fault("limits", "an endless text", "refused before all of it is read")
 def test_what_stands_in_every_prompt_is_tokenised_once(vlm, monkeypatch):
     chat, plain = (loading.make_chat(vlm, Prompts(system="Think first.")) for _ in range(2))
     texts, tokenizer = [], chat._tokenizer
 
-    def counting(text, **options):
-        texts.append(text)
-        return tokenizer(text, **options)
+    def counting(together, **options):
+        texts.extend(together)
+        return tokenizer(together, **options)
 
     monkeypatch.setattr(chat, "_tokenizer", counting)
     problems = [make_problem(name, f"How many are {name}?") for name in "ab"]
@@ -167,6 +169,7 @@ def test_what_stands_in_every_prompt_is_tokenised_once(vlm, monkeypatch):
     assert len(texts) == 2, "long texts are not kept"
 
 
+@pytest.mark.fault("limits", "an endless text", "refused before all of it is read")
 def test_an_endless_text_is_refused_before_all_of_it_is_tokenised(vlm, monkeypatch):
     chat, seen = loading.make_chat(vlm, prompts=Prompts(max_tokens=3000)), []
     tokenise = chat.text_ids
@@ -177,6 +180,33 @@ def test_an_endless_text_is_refused_before_all_of_it_is_tokenised(vlm, monkeypat
     long = " " * 200_000 + "x"  # of few tokens, if the tokenizer has long ones
     monkeypatch.setattr(chat, "text_ids", lambda text: tokenise(text)[: len(text) >> 12])
     assert len(chat.prompt(make_problem("long", question=long, sizes=())).ids) < 3000
+
+
+def test_prompts_made_together_are_those_made_one_by_one(vlm, monkeypatch):
+    chat = loading.make_chat(vlm, Prompts(max_tokens=300))
+    problems = [
+        make_problem("a"),
+        make_conversation("b", system="Be brief.", choices=("three", "four")),
+        make_problem("long", question="word " * 400, sizes=()),
+        make_problem("endless", question="x" * (chat_module.SLICE + 1), sizes=()),
+        replace(make_problem("shape"), images=(ImageRef(sha256="0" * 64, width=9, height=4000, data=b""),)),
+        make_problem("c", question="How many?", sizes=()),
+    ]
+
+    def alone(problem):
+        try:
+            return chat.prompt(problem)
+        except DataError as error:
+            return str(error)
+
+    calls, tokenised = [], chat._ids_of
+    monkeypatch.setattr(chat, "_ids_of", lambda texts: calls.append(len(texts)) or tokenised(texts))
+    together = chat.unchecked_prompts(problems)
+    assert calls[0] > 5 and all(count == 1 for count in calls[1:]), "what is endless is read in slices"
+    assert [each if isinstance(each, Prompt) else str(each) for each in together] == list(
+        map(alone, problems)
+    )
+    assert [type(each) for each in together].count(Prompt) == 3
 
 
 def test_pixel_bounds_of_the_recipe_decide_the_image_tokens(vlm):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rlcs.model.chat import Chat
 
 CHECKS = "data_checks.json"
+_CHUNK = 1000
+"""Rows whose prompts are made together."""
 _FAR_TOO_LONG = 16
 """A prompt of so many times the limit is not counted to its end."""
 
@@ -41,21 +43,21 @@ def long_prompts(rows: Sequence[Row], chat: "Chat", limit: int) -> tuple[list[Ba
     bad: list[BadRow] = []
     longest = 0
     counting = chat.with_limit(_FAR_TOO_LONG * limit)
-    for row in rows:
-        try:
-            prompt = counting.prompt(row.problem)
-        except PromptError:
-            most = _FAR_TOO_LONG * limit
-            bad.append(row.refused(f"the prompt has more than {most} tokens; the limit is {limit}"))
-            continue
-        except DataError as error:
-            bad.append(row.refused(error.what))
-            continue
-        longest = max(longest, len(prompt.ids))
-        if len(prompt.ids) > limit:
-            of_images = sum(end - start for start, end in prompt.spans)
-            what = f"the prompt has {len(prompt.ids)} tokens, {of_images} of them image; the limit is {limit}"
-            bad.append(row.refused(what))
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        prompts = counting.unchecked_prompts([row.problem for row in chunk])
+        for row, prompt in zip(chunk, prompts, strict=True):
+            if isinstance(prompt, PromptError):
+                most = _FAR_TOO_LONG * limit
+                bad.append(row.refused(f"the prompt has more than {most} tokens; the limit is {limit}"))
+            elif isinstance(prompt, DataError):
+                bad.append(row.refused(prompt.what))
+            else:
+                longest = max(longest, len(prompt.ids))
+                if len(prompt.ids) > limit:
+                    images = sum(end - start for start, end in prompt.spans)
+                    what = f"the prompt has {len(prompt.ids)} tokens, {images} of them image"
+                    bad.append(row.refused(f"{what}; the limit is {limit}"))
     return bad, longest
 
 
