@@ -167,7 +167,7 @@ def test_sft_computes_each_token_and_each_image_once(vlm, chat, tmp_path):
     (first, before), _, (_, after) = steps.seen
     before_image = [tree.prompt.ids[: tree.prompt.spans[0][0]] for tree in trees]
     head = len(list(takewhile(lambda ids: len(set(ids)) == 1, zip(*before_image, strict=False))))
-    repeated = len(steps.seen) * head * (settings.batch_size - 1)
+    repeated = (len(steps.seen) - 1) * head * (settings.batch_size - 1)
     assert head > 3, "more than the first words of the question's turn"
     left = sum(tree.num_tokens for tree in trees) - repeated - first.values["tokens"]
     assert after[0] - before[0] <= TOKENS_OF_SFT * left

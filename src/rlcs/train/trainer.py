@@ -248,8 +248,8 @@ class _StepSums:
 
     def add(self, pack: Pack, scores: Scores, sums: LossSums) -> None:
         """Take up one pack, without waiting for its numbers."""
-        # Padding trees are no work that was asked for.
-        self._count("passed", pack.num_tokens - pack.padding)
+        # A head that trees share counts in each, and padding trees in none: how they are packed does not.
+        self._count("passed", pack.asked)
         if sums.extra:
             self._unread.append((self._count, "loss", sums.loss.detach()))
             self._unread += [(self._mean, name, value) for name, value in sums.sums.items()]
