@@ -70,9 +70,9 @@ class Pack:
     sampler's logprobs (None if any branch has none). Targets in a trunk come before those of its first
     branch, and have its index in `sequence`. For every different one `predictors` (U,) is the hidden state
     that predicts it, and `targets` (U,) its id; `shared` (N,) is which of them a target is (None: U is N, in
-    the same order). `asked` are the tokens of trees with branches, each with its head. `routes` (L, layers, k)
-    are the experts that computed the tokens in sampling, below zero where they are not known (None: nowhere).
-    `held` (N,) says which tokens entropy control holds (None: none).
+    the same order). `tree_tokens` are those of trees with branches, each with its head. `routes`
+    (L, layers, k) are the experts that computed the tokens in sampling, below zero where they are not known
+    (None: nowhere). `held` (N,) says which tokens entropy control holds (None: none).
     """
 
     layout: Layout
@@ -90,7 +90,7 @@ class Pack:
     routes: Tensor | None = None
     held: Tensor | None = None
     shared: Tensor | None = None
-    asked: int = 0
+    tree_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -175,7 +175,7 @@ def pack(
         shared=(
             torch.tensor(of_targets.shared, dtype=torch.long) if any(tree.merges for tree in trees) else None
         ),
-        asked=sum(tree.num_tokens for tree in trees if tree.branches),
+        tree_tokens=sum(tree.num_tokens for tree in trees if tree.branches),
     )
 
 

@@ -249,7 +249,7 @@ class _StepSums:
     def add(self, pack: Pack, scores: Scores, sums: LossSums) -> None:
         """Take up one pack, without waiting for its numbers."""
         # A head that trees share counts in each, and padding trees in none: how they are packed does not.
-        self._count("passed", pack.asked)
+        self._count("passed", pack.tree_tokens)
         if sums.extra:
             self._unread.append((self._count, "loss", sums.loss.detach()))
             self._unread += [(self._mean, name, value) for name, value in sums.sums.items()]
