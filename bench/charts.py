@@ -66,8 +66,10 @@ def _draw_ratios(axes: Axes, bars: Sequence[tuple[str, float, tuple[float, float
         )
     axes.axvline(1, color=PEER, linewidth=1)
     axes.set_xscale("log")
-    axes.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1: as fast", "2", "4", "8"])
-    axes.set_xlim(0.4, max([4.0, *(ratio for _, ratio, _ in bars)]) * 1.4)
+    most = max([4.0, *(ratio for _, ratio, _ in bars)])
+    ticks = [2**power for power in range(1, math.ceil(math.log2(most)) + 1)]
+    axes.set_xticks([0.5, 1, *ticks], ["0.5", "1: as fast", *map(str, ticks)])
+    axes.set_xlim(0.4, most * 1.4)
     axes.set_yticks(list(places), [label for label, _, _ in bars], fontsize=7.5)
     axes.invert_yaxis()
     axes.set_title("The peer's seconds over ours (line: single rounds)", fontsize=10, loc="left", color=INK)
