@@ -120,6 +120,11 @@ class LoopbackServer:
             await writer.drain()
             await asyncio.sleep(0.05)
 
+    def _echo(self) -> str:
+        """The headers of the last request, the key first: of a long message only the beginning is shown."""
+        lines = self.headers[-1].split("\r\n")
+        return "\r\n".join(sorted(lines, key=lambda line: not line.lower().startswith("authorization:")))
+
     def _fault(self, body: Mapping[str, Any]) -> str:
         text = "\n".join(map(text_of, body["messages"]))
         for needle, faults in self._faults.items():
@@ -147,12 +152,12 @@ class LoopbackServer:
             headers = "Retry-After: 1\r\n" if fault == "retry-after" else ""
             error = {"message": f"told to say {status}"}
             if self._echoes:
-                error["message"] += f", by {self.headers[-1]}"
+                error["message"] += f", by {self._echo()}"
             error |= {"code": "insufficient_quota"} if fault == "quota" else {}
             writer.write(_message(status, {"error": error}, headers))
             return True
         text = "" if fault == "empty" else self._answer(body)
-        text += self.headers[-1] if self._echoes else ""
+        text += self._echo() if self._echoes else ""
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},
