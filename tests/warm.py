@@ -4,7 +4,8 @@ Importing torch, transformers and rlcs takes a process longer than most tests le
 are those of `subprocess`, but a program of this Python is forked from a process that waits with everything
 imported. It is a process like any other, and a child of the one that started it: pipes, signals, exit codes
 and process groups are what they always are. What must be imported anew (a test of imports, of what is set
-before torch is loaded, or of another Python) is started by `subprocess` itself.
+before torch is loaded, or of another Python) is started by `subprocess` itself, as is everything where the
+system is not Linux.
 """
 
 import ctypes
@@ -125,8 +126,8 @@ def run(*given: Any, check: bool = False, timeout: float | None = None, **option
 
 
 def _program(words: list[str]) -> dict[str, Any] | None:
-    """What a command of this Python runs; None for other commands and options."""
-    if words[0] != sys.executable:
+    """What a command of this Python runs; None for other commands and options, and on other systems."""
+    if words[0] != sys.executable or sys.platform != "linux":
         return None
     words, quiet = words[1:], False
     while words and words[0] in _FLAGS:
