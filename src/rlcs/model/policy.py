@@ -1,9 +1,9 @@
 """Computes logprobs and entropies of the branch tokens of packs.
 
 The vocabulary of a real model is about 152,000 wide: logits are computed for the tokens that have
-a target only, in chunks that are recomputed in the backward pass (but the last), never for the prompt and
-never all at once, and once for answers that share a token. Letters in shapes: L tokens, N target tokens, C
-hidden size, V vocabulary.
+a target only, in chunks that are recomputed in the backward pass where there are several, never for the
+prompt and never all at once, and once for answers that share a token. Letters in shapes: L tokens, N target
+tokens, C hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -100,17 +100,21 @@ def score(
                 entropy_gradient=entropy_gradient,
             )
         settings = (vlm.logits, temperature, entropy_gradient)
-        *chunks, last = zip(pack.predictors.split(chunk), pack.targets.split(chunk), strict=True)
+        chunks = list(zip(pack.predictors.split(chunk), pack.targets.split(chunk), strict=True))
+        if len(chunks) == 1:  # small enough to be kept until the backward pass, which begins here
+            return _score_chunk(states[chunks[0][0]], chunks[0][1], *settings)
         parts = [
             checkpoint(_score_chunk, states[rows], targets, *settings, use_reentrant=False)
             for rows, targets in chunks
         ]
-        # The backward pass begins here, where to keep the logits takes no more than to compute them again.
-        parts.append(_score_chunk(states[last[0]], last[1], *settings))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     chosen, entropy, *rest = (pack.of_targets(each) for each in vlm.run(work))
     return Scores(logprobs=chosen, entropy=entropy, router_loss=rest[0] if rest else None)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def _score_chunk(
@@ -120,8 +124,8 @@ def _score_chunk(
     temperature: float,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    logits = head(states).float()
-    log_probs = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    # No name holds the logits while what follows takes as much memory once more.
+    log_probs = torch.log_softmax(_scaled(head(states).float(), temperature), dim=-1)
     chosen = log_probs.gather(1, targets[:, None])[:, 0]
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(log_probs.exp() * log_probs).sum(-1)
