@@ -203,8 +203,10 @@ def test_importing_connects_to_nothing():
 
 def test_libraries_send_no_statistics_unless_asked():
     code = "import os; from rlcs.cli import main; main.app = lambda **_: print(dict(os.environ)); main.main()"
+    settings = ("HF_HUB_DISABLE_TELEMETRY", "GRADIO_ANALYTICS_ENABLED", "DO_NOT_TRACK")
+    others = {name: value for name, value in os.environ.items() if name not in settings}
     for given, wanted in (("", "1"), ("0", "0")):
-        environment = {**os.environ, **({"HF_HUB_DISABLE_TELEMETRY": given} if given else {})}
+        environment = {**others, **({"HF_HUB_DISABLE_TELEMETRY": given} if given else {})}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert f"'HF_HUB_DISABLE_TELEMETRY': '{wanted}'" in done.stdout, done.stderr
         assert "'GRADIO_ANALYTICS_ENABLED': 'False'" in done.stdout and "'DO_NOT_TRACK': '1'" in done.stdout

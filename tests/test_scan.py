@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,15 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
     with path.open("w") as file:
         file.writelines(json.dumps(row(f"r{i}", f"x^{i} + {i}")) + "\n" for i in range(60_000))
     command = [sys.executable, "-m", "rlcs", "data", "check", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(
+            signal.signal, signal.SIGINT, signal.SIG_DFL
+        ),  # a job in the background ignores it
+    )
     if not (children := _children(process, 1)):
         pytest.skip("one core: there are no other processes")
     process.send_signal(signal.SIGINT)
