@@ -106,7 +106,9 @@ def task_of(path):
 
 
 def test_several_processes_find_what_one_finds(source, small, monkeypatch):
-    check = lambda: check_source(str(source), "rl", Recipe(), for_run=False)  # noqa: E731
+    def check():
+        return check_source(str(source), "rl", Recipe(), for_run=False)
+
     small(1)
     alone = check()
     held = check_source(str(source), "rl", Recipe(), for_run=False, keep="rows")
