@@ -256,7 +256,7 @@ def test_a_check_of_rows_is_timed_with_its_memory(tmp_path):
     path = checking.write(tmp_path / "rows.jsonl", 10)
     answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
     assert answers[1].startswith("\\frac{") and answers[3].endswith("\\pi") and answers[2] in "ABC"
-    seconds, peak = checking.checked(path)
+    seconds, peak = checking.measured(("data", "check", str(path)), cache=tmp_path)
     assert 0 < seconds < 60 and 10 * 2**20 < peak < 2**30
 
 

@@ -20,9 +20,8 @@ from rlcs.data import scan as scan_module
 from rlcs.data.files import JsonLines
 from rlcs.data.rows import Row
 from rlcs.data.scan_workers import ScanWorkers
-from rlcs.data.scanner import ScanTask
 from rlcs.data.sources import Table
-from rlcs.data.tally import PromptLimit
+from rlcs.data.tally import CheckTask, PromptLimit
 from rlcs.pipeline.source_check import check_source
 from rlcs.recipe.schema import Data, Recipe
 from rlcs.records import ImageRef
@@ -102,7 +101,7 @@ def small(monkeypatch):
 def task_of(path):
     table = Table(source=str(path), rows=JsonLines(path), columns=None, folders=(path.parent,), roots=())
     limit = PromptLimit(tokens=1000, pixels=1000)
-    return ScanTask(table=table, settings=Data(), role="rl", decode_limit=10**6, prompt_limit=limit)
+    return CheckTask(table=table, settings=Data(), role="rl", decode_limit=10**6, prompt_limit=limit)
 
 
 def test_several_processes_find_what_one_finds(source, small, monkeypatch):
@@ -150,7 +149,7 @@ def test_no_row_is_held(source, small):
     small(1)
     before = sum(isinstance(each, Row) for each in gc.get_objects())
     scanner = scan_module.scan(task_of(source))
-    assert scanner.check.tally.rows > 150
+    assert scanner.sink.tally.rows > 150
     assert sum(isinstance(each, Row) for each in gc.get_objects()) - before <= 1, "the one in doubt"
 
 
@@ -158,7 +157,7 @@ def test_no_embedded_image_is_held(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row(f"r{i}", images=[picture()])) + "\n" for i in range(3)))
     scanner = scan_module.scan(task_of(path))
-    assert scanner.check.tally.rows == 3 and not scanner.bad
+    assert scanner.sink.tally.rows == 3 and not scanner.bad
     held = [each for each in gc.get_objects() if isinstance(each, ImageRef) and each.data is not None]
     assert not any(each.data == base64.b64decode(picture()) for each in held)
 
@@ -167,7 +166,7 @@ def test_few_rows_start_no_process(source, small, monkeypatch):
     small(2)
     monkeypatch.setattr(scan_module, "_MIN_CHUNKS", 1000)
     monkeypatch.setattr(scan_module, "ScanWorkers", None)
-    assert scan_module.scan(task_of(source)).check.tally.rows > 150
+    assert scan_module.scan(task_of(source)).sink.tally.rows > 150
 
 
 def test_a_process_that_dies_costs_only_time(source, small, monkeypatch):
@@ -184,10 +183,10 @@ def test_a_process_that_dies_costs_only_time(source, small, monkeypatch):
 
     monkeypatch.setattr(ScanWorkers, "_scan", killed)
     again = scan_module.scan(task_of(source))
-    assert (again.bad, again.notes, again.check.tally.kinds) == (
+    assert (again.bad, again.notes, again.sink.tally.kinds) == (
         whole.bad,
         whole.notes,
-        whole.check.tally.kinds,
+        whole.sink.tally.kinds,
     )
 
 
@@ -245,7 +244,7 @@ def _children(process, least):
 def test_a_process_ends_with_the_one_that_started_it(source):
     workers = ScanWorkers(task_of(source), 1)
     lines = list(JsonLines(source).lines())
-    assert next(workers.scanned([lines[:5]]))[1].check.tally.rows == 5
+    assert next(workers.scanned([lines[:5]]))[1].sink.tally.rows == 5
     process = workers._workers[0]._process
     process.stdin.close()
     assert process.wait(30) == 0

@@ -11,7 +11,7 @@ WORKS = {
     "sft": "an epoch over mixed lengths and images, against TRL's SFTTrainer",
     "grading": "1,000 answers, against math-verify and mathruler",
     "loading": "problems with images from a file, against datasets",
-    "checking": "`rlcs data check` of 1,000 to 1,000,000 rows",
+    "checking": "`rlcs data check` and starts with 1,000 to 1,000,000 rows",
     "vllm": "rollouts and serving, against vLLM from an environment of its own",
     "sweeps": "how a GRPO step grows with group, trunk, answers and images",
 }

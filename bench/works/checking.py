@@ -1,7 +1,9 @@
-"""`rlcs data check` of files with 1,000 to 1,000,000 rows: seconds, and the most memory of all its processes.
+"""Files with 1,000 to 1,000,000 rows: `rlcs data check`, and what a run does before it loads its model.
 
-There is no peer: no other trainer looks at gold answers before it trains. Two rows in five are numbers, one
-in five each a letter, a fraction and a multiple of pi; nearly all are different, which is the slow case.
+Seconds, and the most memory of all processes. A run starts twice, as `rlcs grpo --dry-run` does, which also
+tries all stages: the second start finds the rows on disk. There is no peer: no other trainer looks at gold
+answers before it trains. Two rows in five are numbers, one in five each a letter, a fraction and a multiple
+of pi; nearly all are different, which is the slow case.
 """
 
 import os
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -20,26 +23,34 @@ from bench.table import Row
 from bench.works.sweeps import exponent
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
+PHASES = ("data check", "first start", "later start")
 EVERY_S = 0.05
 """How often memory is looked at."""
 
 
 def rows(options: Options) -> list[Row]:
-    """A row for each size, measured once; the exponent of the seconds stands in the last."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        found = {size: checked(write(Path(folder) / "rows.jsonl", size)) for size in SIZES}
-    growth = round(exponent(SIZES, [seconds for seconds, _ in found.values()]), 2)
+    """Rows for each size, measured once; exponents of the seconds stand in those of the last size."""
+    found: dict[str, list[tuple[float, int]]] = {phase: [] for phase in PHASES}
+    for size in SIZES:
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            path = write(Path(folder) / "rows.jsonl", size)
+            start = ("grpo", "quickstart", f"data.rl={path}", "--dry-run")
+            for phase, words in zip(PHASES, (("data", "check", str(path)), start, start), strict=True):
+                found[phase].append(measured(words, cache=Path(folder)))
     return [
         row(
             work="checking",
             shape=f"rows {size:,}",
-            phase="data check",
+            phase=phase,
             peer="",
             pair=Pair(ours=[seconds]),
             memory_mib=round(peak / 2**20),
-            **({"exponent": growth} if size == SIZES[-1] else {}),
+            **(
+                {"exponent": round(exponent(SIZES, [s for s, _ in measures]), 2)} if size == SIZES[-1] else {}
+            ),
         )
-        for size, (seconds, peak) in found.items()
+        for phase, measures in found.items()
+        for size, (seconds, peak) in zip(SIZES, measures, strict=True)
     ]
 
 
@@ -55,12 +66,13 @@ def write(path: Path, count: int) -> Path:
     return path
 
 
-def checked(path: Path) -> tuple[float, int]:
-    """Wall seconds of `rlcs data check`, and the most bytes that it and its workers took together."""
+def measured(words: Sequence[str], *, cache: Path) -> tuple[float, int]:
+    """Wall seconds of a command of rlcs, and the most bytes that it and its workers took together."""
     started, peak = time.perf_counter(), 0
-    command = [sys.executable, "-m", "rlcs", "data", "check", str(path)]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
+    environment["RLCS_CACHE"] = str(cache)
+    command = [sys.executable, "-m", "rlcs", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, cwd=cache) as process:
         while process.poll() is None:
             peak = max(peak, memory([each.pid for each in _family(process.pid)])["own"])
             time.sleep(EVERY_S)

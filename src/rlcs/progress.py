@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _LOG = logging.getLogger(__name__)
+ROWS_SAID_S = 10.0
+"""Seconds between two sentences of `RowProgress`."""
 
 
 def median_rate(seconds: Sequence[float], *, window: int = 20) -> float:
@@ -91,6 +93,25 @@ def screen(
     if quiet or dumb or not out.isatty():
         return _PlainScreen(stage, total, out)
     return _BarScreen(stage, total, out)
+
+
+class RowProgress:
+    """Says how far the work on the rows of large sources is, every ROWS_SAID_S seconds."""
+
+    def __init__(self, view: Screen, what: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`what` is done with the rows: `rows read`."""
+        self._view, self._what, self._clock = view, what, clock
+        self._source, self._first, self._began, self._said = "", 0, 0.0, 0.0
+
+    def __call__(self, source: str, rows: int) -> None:
+        """Take note that so many rows of a source are done."""
+        now = self._clock()
+        if source != self._source:
+            self._source, self._first, self._began, self._said = source, rows, now, now
+        elif now - self._said >= ROWS_SAID_S:
+            self._said = now
+            rate = (rows - self._first) / (now - self._began)
+            self._view.say(f"{source}: {rows:,} {self._what}, {rate:,.0f}/s")
 
 
 @dataclass(frozen=True, kw_only=True)

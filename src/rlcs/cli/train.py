@@ -223,7 +223,7 @@ def _study(
 
         grid = [] if wanted is None else [("cold starts", described(wanted, recipe))]
         print_choices(recipe.name, folder, [*summary_rows(recipe), *grid])
-    data = _data(recipe, folder, dry=options.dry_run)
+    data = _data(recipe, folder, dry=options.dry_run, json=options.json)
 
     from rlcs.distributed import join_world
     from rlcs.model.loading import use_expandable_segments
@@ -254,20 +254,23 @@ def _study(
     print_result(result, _arm_lines(summary["arms"], folder), json=options.json)
 
 
-def _data(recipe: "Recipe", folder: Path, *, dry: bool) -> "RunData":
+def _data(recipe: "Recipe", folder: Path, *, dry: bool, json: bool) -> "RunData":
     """Read the data before torch is loaded: a bad file is reported at once."""
     from rlcs.data.run_data import load_run_data
+    from rlcs.progress import Output, RowProgress
     from rlcs.train.trackers import require_installed
 
     require_installed(recipe.trackers)
     many = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and not dry
-    return load_run_data(
-        recipe.study,
-        recipe.data,
-        decode_limit=recipe.images.decode_limit,
-        validation=recipe.validation,
-        store=folder / "images" if many else None,  # else every process holds all embedded images
-    )
+    with Output(quiet=True, json=json).screen("data", 0) as view:
+        return load_run_data(
+            recipe.study,
+            recipe.data,
+            decode_limit=recipe.images.decode_limit,
+            validation=recipe.validation,
+            store=folder / "images" if many else None,  # else every process holds all embedded images
+            watch=RowProgress(view, "rows read"),
+        )
 
 
 def _without_probe(error: RecipeError, name: str, words: list[str], command: str) -> RecipeError:

@@ -3,21 +3,26 @@
 `load` reads, `require_usable` decides whether the rows may be trained on.
 """
 
+import logging
 import math
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlcs.data.check import grouped
-from rlcs.data.row_notes import counted
+from rlcs.data.row_cache import RowCache
+from rlcs.data.row_counts import RowCounts
+from rlcs.data.row_index import RowIndex
 from rlcs.data.rows import BadRow, Row, RowReader
+from rlcs.data.scan import Watch, is_large, unwatched
 from rlcs.data.source_options import SourceOptions, read_options
 from rlcs.data.sources import Role, Table, is_builtin, open_builtin, open_table
-from rlcs.errors import DataError
+from rlcs.data.stored import Stored, chosen, remembered
+from rlcs.errors import DataError, RunFolderError
 from rlcs.recipe.schema import Data
 
+_LOG = logging.getLogger("rlcs")
 _SHOWN = 5
-_SHOWN_ENDING = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,55 +32,10 @@ class Loaded:
     `notes` say what a user should know: the layout, columns that differ, which gold answers were unwrapped.
     """
 
-    rows: tuple[Row, ...]
-    bad: tuple[BadRow, ...] = ()
+    rows: Sequence[Row]
+    bad: Sequence[BadRow] = ()
     source: str = ""
     notes: tuple[str, ...] = ()
-
-
-class RowCounts:
-    """Counts what a user should know of rows that could be read: their gold answers and system prompts."""
-
-    def __init__(self) -> None:
-        """Nothing is counted yet."""
-        self._marks: Counter[str] = Counter()
-        self._example = ""
-        self._own_systems = 0
-        self._system_used = False
-
-    def add(self, row: Row) -> None:
-        """Count the next row."""
-        if row.mark:
-            self._example = self._example or _unwrapped_example(row)
-            self._marks[row.mark] += 1
-        if row.own_system:
-            self._own_systems += 1
-            self._system_used |= any(turn.role == "system" for turn in row.problem.history)
-
-    def merge(self, later: "RowCounts") -> None:
-        """Add what was counted of the rows that follow."""
-        self._marks.update(later._marks)
-        self._example = self._example or later._example
-        self._own_systems += later._own_systems
-        self._system_used |= later._system_used
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """How many gold answers were unwrapped, from what, and how many rows have a system prompt."""
-        lines = []
-        if self._marks:
-            marks = ", ".join(f"{mark}: {n:,}" for mark, n in self._marks.most_common())
-            total = self._marks.total()
-            lines.append(f"{total:,} gold answers were unwrapped ({marks}), e.g. {self._example}")
-        if self._own_systems:
-            how = "used instead of prompt.system" if self._system_used else "left out (data.system=recipe)"
-            lines.append(f"{counted(self._own_systems)} with a system prompt in the data, {how}")
-        return tuple(lines)
-
-
-def _unwrapped_example(row: Row) -> str:
-    given = row.given if len(row.given) <= _SHOWN_ENDING else f"...{row.given[-_SHOWN_ENDING:]}"
-    return f"row {row.problem.id}: {given!r} is {row.problem.answer[:_SHOWN_ENDING]!r}"
 
 
 def open_source(source: str, settings: Data, role: Role) -> tuple[Table, Data, SourceOptions]:
@@ -118,20 +78,71 @@ def load(
         return Loaded(rows=tuple(Row(problem=p, response=None) for p in problems), source=source)
     table, settings, options = open_source(source, settings, role)
     reader = RowReader(table, settings, role=role, limit=decode_limit, decode=decode, store=store)
-    rows: list[Row] = []
-    bad: list[BadRow] = []
-    for raw in table.rows:
-        result = reader.read(raw)
-        if isinstance(result, Row):
-            rows.append(result)
-        else:
-            bad.append(result)
-    rows = options.part.of(rows) if options.part else rows
+    return _held(source, table, reader, options)
+
+
+def load_indexed(
+    source: str,
+    settings: Data,
+    *,
+    decode_limit: int,
+    role: Role,
+    store: Path | None = None,
+    watch: Watch = unwatched,
+) -> Loaded:
+    """Read a source as `load` does, but the rows of a large one lie on disk, and are read when asked for.
+
+    The next call finds them there as long as nothing changes: see `row_cache`. `watch` is told how far the
+    reading is. Raises DataError.
+    """
+    if is_builtin(source):
+        return load(source, settings, decode_limit=decode_limit, role=role)
+    table, settings, options = open_source(source, settings, role)
+    index, table = _index_of(table, settings, role=role, decode_limit=decode_limit, watch=watch)
+    if index is None:
+        reader = RowReader(table, settings, role=role, limit=decode_limit, decode=False, store=store)
+        return _held(source, table, reader, options)
+    rows: Sequence[Row] = Stored(index, Row)
+    counts = index.head.counts
+    if options.part:
+        rows = chosen(rows, options.part.positions(rows))
+        counts = tuple(remembered(rows, "counts", None, lambda: _counts(rows)))
+    notes = (*table.notes, *index.head.notes, *counts)
+    return Loaded(rows=rows, bad=index.head.bad, source=source, notes=notes)
+
+
+def _held(source: str, table: Table, reader: RowReader, options: SourceOptions) -> Loaded:
+    results = list(map(reader.read, table.rows))
+    rows: Sequence[Row] = tuple(result for result in results if isinstance(result, Row))
+    bad = tuple(result for result in results if isinstance(result, BadRow))
+    if options.part:
+        rows = chosen(rows, options.part.positions(rows))
+    notes = (*table.notes, *reader.notes.lines, *_counts(rows))
+    return Loaded(rows=rows, bad=bad, source=source, notes=notes)
+
+
+def _index_of(
+    table: Table, settings: Data, *, role: Role, decode_limit: int, watch: Watch
+) -> tuple[RowIndex | None, Table]:
+    """The index of a large table, which is written if there is none, and the table to read without one."""
+    if not (table.files or table.fingerprint):  # it is not known whether it changes
+        return None, table
+    try:
+        cache = RowCache(table, settings, role=role, decode_limit=decode_limit)
+        if index := cache.find():
+            return index, table
+        large, rows = is_large(table.rows)
+        return (cache.write(rows, watch), table) if large else (None, replace(table, rows=rows))
+    except (OSError, RunFolderError) as error:  # of the cache: faults of a source are DataErrors
+        _LOG.warning("%s is held in memory, as its rows cannot be written to disk: %s", table.source, error)
+        return None, open_table(table.source, settings, role)
+
+
+def _counts(rows: Iterable[Row]) -> list[str]:
     counts = RowCounts()
     for row in rows:
         counts.add(row)
-    notes = (*table.notes, *reader.notes.lines, *counts.lines)
-    return Loaded(rows=tuple(rows), bad=tuple(bad), source=source, notes=notes)
+    return list(counts.lines)
 
 
 def require_usable(loaded: Loaded, settings: Data) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlcs.cores import usable_cores
@@ -107,7 +108,8 @@ class OverlapFinder:
             elif a.images and not drawn and _problem_key(a, _sizes_of(a)) in self._by_size:
                 same_size.append(a)
         self._find_same_pixels(same_size, found)
-        self._find_images([a for a in first if a.id not in found], found, by_bytes=drawn)
+        if self._images:
+            self._find_images(first, found, by_bytes=drawn)
         if self._look_alikes:
             self._find_near([a for a in first if a.id not in found], found)
         return sorted(found.values(), key=lambda each: (KINDS.index(each.kind), each.bits, each.a, each.b))
@@ -125,43 +127,54 @@ class OverlapFinder:
                 found[a.id] = _overlap("same problem", a, ids)
 
     def _find_images(self, first: Sequence[Problem], found: dict[str, Overlap], *, by_bytes: bool) -> None:
-        """Add the problems with an image that belongs to another question of the second set."""
-        left: list[Problem] = []
+        """Add the problems with an image that belongs to another question of the second set.
+
+        `first` may be too large to be held, and is read several times.
+        """
+        ours: set[str] = set()
         for a in first:
+            if a.id in found:
+                continue
             ids = next((self._images[r.sha256] for r in a.images if r.sha256 in self._images), None)
             if ids:
                 found[a.id] = _overlap("same image", a, ids)
-            elif a.images:
-                left.append(a)
-        if by_bytes:
+            else:
+                ours |= {size for ref in a.images if (size := _size(ref)) in self._sizes}
+        if by_bytes or not ours:
             return
-        ours = {_size(ref) for a in left for ref in a.images} & self._sizes.keys()
-        seconds = [ref for p in self._second for ref in p.images if _size(ref) in ours]
-        firsts = [ref for a in left for ref in a.images if _size(ref) in ours]
-        self._decode([*seconds, *firsts])
+        seconds = (ref for p in self._second for ref in p.images if _size(ref) in ours)
+        firsts = (ref for a in first if a.id not in found for ref in a.images if _size(ref) in ours)
+        self._decode(chain(seconds, firsts))
         by_pixels = _index(
             (self._pixels[ref.sha256], p.id)
             for p in self._second for ref in p.images if ref.sha256 in self._pixels
         )  # fmt: skip
-        for a in left:
+        if not by_pixels:
+            return
+        for a in first:
             known = (self._pixels.get(ref.sha256, "") for ref in a.images)
-            if ids := next((by_pixels[pixels] for pixels in known if pixels in by_pixels), None):
+            ids = next((by_pixels[pixels] for pixels in known if pixels in by_pixels), None)
+            if ids and a.id not in found:
                 found[a.id] = _overlap("same image", a, ids)
 
     def _decode(self, refs: Iterable[ImageRef], *, every: bool = False) -> None:
         """Compute the checksums of the pixels of images, and with `look_alikes` their hashes."""
-        wanted = {ref.sha256: ref for ref in refs if ref.sha256 not in self._pixels}
-        chosen = []
-        for ref in wanted.values():
-            if self._left is not None and not every:
+        chosen: dict[str, ImageRef] = {}
+        full = False
+        for ref in refs:
+            if ref.sha256 in self._pixels or ref.sha256 in chosen:
+                continue
+            self._skipped.add(ref.sha256)
+            if self._left is not None and not every and not full:
                 self._left -= ref.width * ref.height
-                if self._left < 0:
-                    break
-            chosen.append(ref)
-        self._skipped |= wanted.keys()
+                full = self._left < 0
+            if not full:
+                chosen[ref.sha256] = ref
         work = partial(_decoded, look_alikes=self._look_alikes)
         with ThreadPoolExecutor(usable_cores()) as threads:  # decoders let other threads run
-            for ref, (pixels, image_hash) in zip(chosen, threads.map(work, chosen), strict=True):
+            for ref, (pixels, image_hash) in zip(
+                chosen.values(), threads.map(work, chosen.values()), strict=True
+            ):
                 self._pixels[ref.sha256] = pixels
                 if image_hash is not None:
                     self._hashes[ref.sha256] = image_hash

@@ -20,6 +20,8 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
 _MIN_BASE64 = 64
 """Characters; a shorter text is a path."""
 _MAX_PATH = 1024
+FEW = 1000
+"""Images that are known where memory may not grow with the rows."""
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 
 
@@ -46,12 +48,17 @@ class RowImages:
         self._measure = self._decoder.measured if self._decoder else measured
         self._store = store
         self._holds_bytes = True
+        self._most: int | None = None
         self._paths: dict[str, ImageRef] = {}
         self._bytes: dict[str, ImageRef] = {}
 
     def hold_no_bytes(self) -> None:
         """From now on keep only checksum and size of an image that is embedded in a row."""
         self._holds_bytes = False
+
+    def hold_few(self) -> None:
+        """From now on know only the last FEW images, so that memory does not grow with the rows."""
+        self._most = FEW
 
     def read(self, value: object) -> tuple[ImageRef, ...]:
         """Open the images of a column. Raises DataError or ValueError."""
@@ -75,15 +82,20 @@ class RowImages:
                 ref = self._checked(
                     image_from_bytes(item, limit=self._limit, where=where, measure=self._measure)
                 )
-                self._bytes[key] = self._stored(ref, item)
+                self._keep(self._bytes, key, self._stored(ref, item))
             return self._bytes[key]
         if not isinstance(item, str):
             raise ValueError(f"an image must be a path or embedded bytes, not {shown(item)}")
         if item not in self._paths:
             path = item.removeprefix("file://")
             ref = image_from_path(path, root=self._root(path), limit=self._limit, measure=self._measure)
-            self._paths[item] = self._checked(ref)
+            self._keep(self._paths, item, self._checked(ref))
         return self._paths[item]
+
+    def _keep(self, known: dict[str, ImageRef], key: str, ref: ImageRef) -> None:
+        known[key] = ref
+        while self._most is not None and len(known) > self._most:
+            del known[next(iter(known))]
 
     def _stored(self, ref: ImageRef, data: bytes) -> ImageRef:
         if self._store is None:

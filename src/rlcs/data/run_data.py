@@ -1,18 +1,21 @@
 """Reads and checks all data of a study, before any model is loaded, so that errors are reported at once."""
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlcs.data.check import grouped
-from rlcs.data.loading import Loaded, load, require_usable
+from rlcs.data.loading import Loaded, load_indexed, require_usable
 from rlcs.data.overlap import KINDS, SHARED, Kind, Overlap, OverlapFinder
 from rlcs.data.rows import Row
 from rlcs.data.sources import Role
+from rlcs.data.stored import chosen, digests_of, pass_rates, problems_of, remembered, without
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data, Study, Validation
-from rlcs.records import Problem
+from rlcs.records import Problem, from_row, to_row
 
 _MAX_PIXELS = 2_000_000_000
 """Pixels that are decoded to compare one training source with the test problems: about 20 s on two cores."""
@@ -30,10 +33,10 @@ class RunData:
     folder's `data_checks.json` holds.
     """
 
-    cold_start: tuple[Row, ...]
-    rl: tuple[Problem, ...]
-    test: tuple[Problem, ...]
-    validation: tuple[Problem, ...] = ()
+    cold_start: Sequence[Row]
+    rl: Sequence[Problem]
+    test: Sequence[Problem]
+    validation: Sequence[Problem] = ()
     notes: tuple[str, ...] = ()
     checks: Mapping[str, Any] = field(default_factory=dict)
 
@@ -41,10 +44,8 @@ class RunData:
         """The same data without the training rows of these ids."""
         return replace(
             self,
-            cold_start=tuple(
-                row for row in self.cold_start if row.problem.id not in left_out.get("cold_start", ())
-            ),
-            rl=tuple(problem for problem in self.rl if problem.id not in left_out.get("rl", ())),
+            cold_start=without(self.cold_start, left_out.get("cold_start", ())),
+            rl=without(self.rl, left_out.get("rl", ())),
         )
 
 
@@ -72,20 +73,25 @@ def load_run_data(
     decode_limit: int,
     validation: Validation = Validation(),  # noqa: B008 - frozen
     store: Path | None = None,
+    watch: Callable[[str, int], None] = lambda *_: None,
 ) -> RunData:
     """Read and check the data sources that the arms need; `decode_limit` is in pixels an image.
 
-    Images that are embedded in rows are held in memory, or written into the folder `store`.
+    Images that are embedded in rows are held in memory, or written into the folder `store`. The rows of large
+    sources lie on disk, as `load_indexed` says. `watch` gets the name of a source and the number of its rows
+    so far, now and then.
 
     Raises DataError before anything is trained.
     """
     loaded: dict[str, Loaded] = {}
     for name, (source, role) in sources_of(study, settings, validation).items():
-        loaded[name] = load(source, settings, decode_limit=decode_limit, role=role, store=store)
+        loaded[name] = load_indexed(
+            source, settings, decode_limit=decode_limit, role=role, store=store, watch=partial(watch, name)
+        )
         require_usable(loaded[name], settings)
     notes = [f"{name}: {note}" for name, each in loaded.items() for note in each.notes]
     notes += [f"left out of {name}: {line}" for name, each in loaded.items() for line in grouped(each.bad)]
-    problems = {name: tuple(row.problem for row in each.rows) for name, each in loaded.items()}
+    problems = {name: problems_of(each.rows) for name, each in loaded.items()}
     rl = by_pass_rate(problems["rl"], settings) if "rl" in problems else ()
     rl, held_out = hold_out(rl, validation.held_out, settings.rl)
     if "validation" in problems:
@@ -116,18 +122,14 @@ def compare_with_test(data: RunData, settings: Data) -> RunData:
 
     Raises DataError with `refuse`, and with `drop` if nothing is left.
     """
-    finder = OverlapFinder(data.test, all_problems=settings.overlap != "warn", max_pixels=_MAX_PIXELS)
-    training: dict[str, list[Problem]] = {
-        "cold_start": [row.problem for row in data.cold_start],
-        "rl": list(data.rl),
-    }
-    found = {role: finder.find(problems) for role, problems in training.items() if problems}
+    training = {"cold_start": problems_of(data.cold_start), "rl": data.rl}
+    found, uncompared = _overlaps(training, data.test, settings)
     facts = [fact for role, overlaps in found.items() for fact in overlap_facts(role, overlaps)]
     notes = [_overlap_line(fact, len(training[fact["role"]]), settings.overlap) for fact in facts]
     shared = {role: {o.a for o in overlaps if o.kind in SHARED} for role, overlaps in found.items()}
-    if finder.uncompared:
+    if uncompared:
         notes.append(
-            f"{finder.uncompared:,} images were compared with those of test by their files, not by their "
+            f"{uncompared:,} images were compared with those of test by their files, not by their "
             "pixels, to save time; `rlcs data overlap` compares all"
         )
     if settings.overlap == "refuse" and any(shared.values()):
@@ -136,7 +138,7 @@ def compare_with_test(data: RunData, settings: Data) -> RunData:
             where="data.overlap=refuse",
             fix="data.overlap=drop leaves these rows out of the training; `rlcs data overlap` names them all",
         )
-    checks = {"setting": settings.overlap, "found": facts, "images_not_compared": finder.uncompared}
+    checks = {"setting": settings.overlap, "found": facts, "images_not_compared": uncompared}
     data = replace(data, notes=(*data.notes, *notes), checks={**data.checks, "overlap": checks})
     if settings.overlap != "drop":
         return data
@@ -148,6 +150,30 @@ def compare_with_test(data: RunData, settings: Data) -> RunData:
                 fix="name another source for training or for test",
             )
     return data.without(shared)
+
+
+def _overlaps(
+    training: Mapping[str, Sequence[Problem]], test: Sequence[Problem], settings: Data
+) -> tuple[dict[str, list[Overlap]], int]:
+    """The overlaps of each training source with the test, and how many images were not compared by pixels."""
+    every = settings.overlap != "warn"
+    about = [digests_of(test), every, _MAX_PIXELS]
+    finder: list[OverlapFinder] = []
+
+    def find(problems: Sequence[Problem]) -> dict[str, Any]:
+        if not finder:  # to make one takes long for a large test
+            finder.append(OverlapFinder(test, all_problems=every, max_pixels=_MAX_PIXELS))
+        overlaps = finder[0].find(problems)
+        return {"overlaps": list(map(to_row, overlaps)), "uncompared": finder[0].uncompared}
+
+    found: dict[str, list[Overlap]] = {}
+    uncompared = 0
+    for role, problems in training.items():
+        if problems:
+            fact = remembered(problems, "overlap", about, partial(find, problems))
+            found[role] = [from_row(Overlap, row) for row in fact["overlaps"]]
+            uncompared = max(uncompared, fact["uncompared"])
+    return found, uncompared
 
 
 def overlap_facts(role: str, overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:
@@ -188,8 +214,8 @@ def _overlap_line(fact: Mapping[str, Any], total: int, setting: str) -> str:
 
 
 def hold_out(
-    problems: tuple[Problem, ...], count: int, source: str
-) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    problems: Sequence[Problem], count: int, source: str
+) -> tuple[Sequence[Problem], Sequence[Problem]]:
     """Split the last `count` problems off. Raises DataError where that is more than half of them."""
     if count > len(problems) / 2:
         few = max(1, len(problems) // 5)
@@ -202,18 +228,18 @@ def hold_out(
     return problems[:left], problems[left:]
 
 
-def by_pass_rate(problems: Sequence[Problem], settings: Data) -> tuple[Problem, ...]:
+def by_pass_rate(problems: Sequence[Problem], settings: Data) -> Sequence[Problem]:
     """Select the problems with a pass rate within `data.rl_pass_rate`. Raises DataError if there are none."""
     if settings.rl_pass_rate is None:
-        return tuple(problems)
+        return problems
     low, high = settings.rl_pass_rate
-    rates = [(problem, problem.metadata.get("pass_rate")) for problem in problems]
-    chosen = tuple(p for p, rate in rates if isinstance(rate, int | float) and low <= rate <= high)
-    if not chosen:
-        known = sum(isinstance(rate, int | float) for _, rate in rates)
+    rates = list(pass_rates(problems))
+    selected = [position for position, rate in enumerate(rates) if low <= rate <= high]
+    if not selected:
+        known = sum(not math.isnan(rate) for rate in rates)
         raise DataError(
             f"no problem has a pass_rate from {low:g} to {high:g} ({known:,} of {len(rates):,} have one)",
             where=settings.rl,
             fix="name the problems.jsonl of `rlcs distill`, or widen data.rl_pass_rate",
         )
-    return chosen
+    return chosen(problems, selected)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from queue import SimpleQueue
+from typing import Any
 
 from rlcs.data.files import JsonLines, NumberedLine
 from rlcs.data.scanner import Found, Scanner, ScanTask
@@ -29,7 +30,7 @@ _AHEAD = 2
 class ScanWorkers(AbstractContextManager["ScanWorkers"]):
     """Some processes that scan chunks at the same time; a context manager, which ends them."""
 
-    def __init__(self, task: ScanTask, count: int) -> None:
+    def __init__(self, task: ScanTask[Any], count: int) -> None:
         """Each process starts with its first chunk, and again if it died."""
         self._workers = [_Worker(task) for _ in range(count)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -46,9 +47,9 @@ class ScanWorkers(AbstractContextManager["ScanWorkers"]):
         for worker in self._workers:
             worker.close()  # also one that a thread started meanwhile
 
-    def scanned(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Found | None]]:
+    def scanned(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Found[Any] | None]]:
         """Each chunk with what was found in it alone, in order; None where a process failed or died."""
-        waiting: deque[tuple[Chunk, Future[Found | None]]] = deque()
+        waiting: deque[tuple[Chunk, Future[Found[Any] | None]]] = deque()
         for chunk in chunks:
             waiting.append((chunk, self._threads.submit(self._scan, chunk)))
             if len(waiting) > _AHEAD * len(self._workers):
@@ -57,7 +58,7 @@ class ScanWorkers(AbstractContextManager["ScanWorkers"]):
         for done, future in waiting:
             yield done, future.result()
 
-    def _scan(self, chunk: Chunk) -> Found | None:
+    def _scan(self, chunk: Chunk) -> Found[Any] | None:
         worker = self._idle.get()
         try:
             return worker.scan(chunk)
@@ -68,18 +69,18 @@ class ScanWorkers(AbstractContextManager["ScanWorkers"]):
 class _Worker:
     """One process, which starts when it is needed."""
 
-    def __init__(self, task: ScanTask) -> None:
+    def __init__(self, task: ScanTask[Any]) -> None:
         self._task = task
         self._process: subprocess.Popen[bytes] | None = None
 
-    def scan(self, chunk: Chunk) -> Found | None:
+    def scan(self, chunk: Chunk) -> Found[Any] | None:
         """Let the process scan a chunk; None if it failed or died."""
         try:
             process = self._process = self._process or self._start()
             assert process.stdin and process.stdout, "Popen opens both pipes"
             pickle.dump(chunk, process.stdin, pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()
-            found: Found | None = pickle.load(process.stdout)  # noqa: S301 - from our own process
+            found: Found[Any] | None = pickle.load(process.stdout)  # noqa: S301 - from our own process
         except (OSError, EOFError, ValueError, pickle.UnpicklingError):  # it died, or was ended
             self.close()
             return None
@@ -114,7 +115,7 @@ def main() -> None:
     """Answer chunks until the input ends."""
     jobs, results = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what anything prints is no result
-    task: ScanTask = pickle.load(jobs)  # noqa: S301 - from the process that started this one
+    task: ScanTask[Any] = pickle.load(jobs)  # noqa: S301 - from the process that started this one
     scanner, rows = Scanner(task), task.table.rows
     assert isinstance(rows, JsonLines), "only lines are sent to other processes"
     with suppress(EOFError):

@@ -1,34 +1,57 @@
-"""Reads and checks rows of a table and holds none of them.
+"""Reads rows of a table and holds none of them: each goes into a sink, which keeps what it needs.
 
 What was found in a part of the rows by another process can be taken, but where it depends on the rows before
 that part, such as by an id that comes again.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from rlcs.data.files import RawRow
-from rlcs.data.loading import RowCounts
+from rlcs.data.row_counts import RowCounts
 from rlcs.data.row_notes import RowNotes
 from rlcs.data.rows import BadRow, Row, RowReader
 from rlcs.data.sources import Role, Table
-from rlcs.data.tally import PromptLimit, RowCheck
 from rlcs.recipe.schema import Data
 
 
+class Sink(Protocol):
+    """Takes rows, one after the other; `place` is a number that grows from row to row."""
+
+    def add(self, place: int, row: Row) -> None:
+        """Take the next row."""
+        ...
+
+    def merge(self, other: Any) -> None:
+        """Take what another sink of the task took of the next rows."""
+        ...
+
+
+S = TypeVar("S", bound=Sink)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScanTask:
-    """What to scan and how: see `RowReader`, `RowCheck`. Every image is decoded."""
+class ScanTask(ABC, Generic[S]):
+    """What to scan and how: see `RowReader`."""
 
     table: Table
     settings: Data
     role: Role
     decode_limit: int
-    prompt_limit: PromptLimit
+
+    @abstractmethod
+    def reader(self) -> RowReader:
+        """A reader of the rows. Raises DataError when the table lacks a column that every row needs."""
+
+    @abstractmethod
+    def sink(self) -> S:
+        """A new sink for rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class Found(Generic[S]):
     """What was found in some rows alone; `ids` and `looks_back` are those of the `RowReader`."""
 
     ids: dict[str, str]
@@ -36,25 +59,21 @@ class Found:
     bad: list[BadRow]
     notes: RowNotes
     counts: RowCounts
-    check: RowCheck
+    sink: S
 
 
-class Scanner:
-    """Reads rows and keeps what was found in them: `bad` ones, and `check` of the others."""
+class Scanner(Generic[S]):
+    """Reads rows, and keeps what was found in them: `bad` ones, and the `sink` of the others."""
 
-    def __init__(self, task: ScanTask) -> None:
+    def __init__(self, task: ScanTask[S], sink: S | None = None) -> None:
         """Nothing is read yet. Raises DataError when the table lacks a column that every row needs."""
         self._task = task
-        self._reader = RowReader(
-            task.table, task.settings, role=task.role, limit=task.decode_limit, decode=True
-        )
-        self._reader.images.hold_no_bytes()
-        self._begin()
+        self._reader = task.reader()
+        self._begin(sink)
 
-    def _begin(self) -> None:
-        golds = self._task.settings.answers == "unwrapped"
+    def _begin(self, sink: S | None) -> None:
         self.bad: list[BadRow] = []
-        self.check = RowCheck(self._task.prompt_limit, golds=golds)
+        self.sink: S = self._task.sink() if sink is None else sink
         self._counts = RowCounts()
 
     def read(self, rows: Iterable[RawRow]) -> None:
@@ -63,14 +82,14 @@ class Scanner:
             result = self._reader.read(raw)
             if isinstance(result, Row):
                 self._counts.add(result)
-                self.check.add(raw.number, result)
+                self.sink.add(raw.number, result)
             else:
                 self.bad.append(result)
 
-    def read_alone(self, rows: Iterable[RawRow]) -> Found:
+    def read_alone(self, rows: Iterable[RawRow]) -> Found[S]:
         """What is found in rows if there are no others before them; this scanner keeps none of it."""
         self._reader.forget()
-        self._begin()
+        self._begin(None)
         self.read(rows)
         return Found(
             ids=self._reader.ids,
@@ -78,21 +97,31 @@ class Scanner:
             bad=self.bad,
             notes=self._reader.notes,
             counts=self._counts,
-            check=self.check,
+            sink=self.sink,
         )
 
-    def take(self, found: Found) -> bool:
+    def take(self, found: Found[S]) -> bool:
         """Add what was found in the next rows alone, unless it depends on the rows before them."""
         if found.looks_back or not self._reader.ids.keys().isdisjoint(found.ids):
             return False
         self._reader.ids |= found.ids
         self._reader.notes.merge(found.notes)
         self._counts.merge(found.counts)
-        self.check.merge(found.check)
+        self.sink.merge(found.sink)
         self.bad += found.bad
         return True
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the rows."""
-        return (*self._task.table.notes, *self._reader.notes.lines, *self._counts.lines)
+        """What a user should know of the rows: how they were read, then their gold answers and prompts."""
+        return (*self._task.table.notes, *self.notes_of_reading, *self.counts)
+
+    @property
+    def notes_of_reading(self) -> tuple[str, ...]:
+        """What a user should know of how the rows were read."""
+        return self._reader.notes.lines
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """What a user should know of gold answers and system prompts."""
+        return self._counts.lines

@@ -11,6 +11,7 @@ from typing import Literal
 
 from rlcs.data.rows import Row
 from rlcs.data.sources import DATASET_OPTIONS, is_builtin, split_query
+from rlcs.data.stored import remembered
 from rlcs.errors import DataError
 from rlcs.records import Problem
 from rlcs.storage import at_home
@@ -28,18 +29,21 @@ class Part:
     name: Literal["train", "test"]
     share: float = SHARE
 
-    def of(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows of this part, in their order.
+    def positions(self, rows: Sequence[Row]) -> Sequence[int]:
+        """The positions of the rows of this part, in their order.
 
         Rows with the same images, or without images the same question, are in the same part: those whose
         hashes come first are the test, so that neither the order of the rows nor a seed matters.
         """
-        keys = [_key(row.problem) for row in rows]
-        groups = sorted(set(keys))
-        held_out = set(groups[: max(1, round(self.share * len(groups)))])
-        return [
-            row for row, key in zip(rows, keys, strict=True) if (key in held_out) == (self.name == "test")
-        ]
+
+        def find() -> list[int]:
+            keys = [_key(row.problem) for row in rows]
+            groups = sorted(set(keys))
+            held_out = set(groups[: max(1, round(self.share * len(groups)))])
+            return [at for at, key in enumerate(keys) if (key in held_out) == (self.name == "test")]
+
+        positions: list[int] = remembered(rows, "part", [self.name, self.share], find)
+        return positions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +85,6 @@ def both_parts(source: str) -> dict[str, str]:
     return {"data.cold_start": train, "data.rl": train, "data.test": test}
 
 
-def _key(problem: Problem) -> str:
+def _key(problem: Problem) -> bytes:
     seen = [image.sha256 for image in problem.images] or [" ".join(problem.transcript.lower().split())]
-    return hashlib.sha256("\n".join(seen).encode()).hexdigest()
+    return hashlib.sha256("\n".join(seen).encode()).digest()

@@ -35,7 +35,8 @@ class Table:
     """An open source: its rows, its columns if they are known beforehand, and the folders of its images.
 
     A relative image path starts at one of `folders`, or of `roots`, and must stay below it (without any,
-    relative paths are not allowed); an absolute one must lie below one of `roots`.
+    relative paths are not allowed); an absolute one must lie below one of `roots`. The rows change when one
+    of `files` or the `fingerprint` does; with neither it is not known whether they changed.
     """
 
     source: str
@@ -44,6 +45,8 @@ class Table:
     folders: tuple[Path, ...]
     roots: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    fingerprint: str = ""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -67,7 +70,9 @@ def open_table(source: str, settings: Data, role: Role) -> Table:
     roots = (at_home(settings.image_root),) if settings.image_root else ()
     if is_data_file(path):
         columns, rows = read_file(path)
-        return Table(source=source, rows=rows, columns=columns, folders=(path.parent,), roots=roots)
+        return Table(
+            source=source, rows=rows, columns=columns, folders=(path.parent,), roots=roots, files=(path,)
+        )
     name, options = split_query(source, DATASET_OPTIONS)
     folder = at_home(name)
     split, config = options.get("split") or settings.split, options.get("config")
@@ -85,7 +90,14 @@ def open_table(source: str, settings: Data, role: Role) -> Table:
         data, folders = _load_dataset(name, by_role, config), []
         roots = (*_hub_caches(), *roots)
     rows, columns = batch_rows(data.with_format("arrow").iter(BATCH), name), tuple(data.column_names)
-    return Table(source=source, rows=rows, columns=columns, folders=tuple(folders), roots=roots)
+    return Table(
+        source=source,
+        rows=rows,
+        columns=columns,
+        folders=tuple(folders),
+        roots=roots,
+        fingerprint=str(getattr(data, "_fingerprint", "")),
+    )
 
 
 def _joined(source: str, folder: Path, files: Sequence[Path], roots: tuple[Path, ...]) -> Table:
@@ -106,6 +118,7 @@ def _joined(source: str, folder: Path, files: Sequence[Path], roots: tuple[Path,
         folders=tuple(parents),
         roots=(folder, *roots),
         notes=tuple(notes),
+        files=tuple(files),
     )
 
 

@@ -1,6 +1,7 @@
 """An endless stream of shuffled items, which can resume exactly where it was stopped."""
 
 import hashlib
+from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -20,9 +21,10 @@ class Outcome:
     signal: bool
 
 
-def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+def _shuffled(count: int, seed: int, epoch: int) -> "array[int]":
     """Shuffle the indices of one epoch by sorting their hashes: alike on every machine and Python version."""
-    return sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}|{epoch}|{i}".encode()).digest())
+    order = sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}|{epoch}|{i}".encode()).digest())
+    return array("Q", order)
 
 
 class Resumable(Protocol):
@@ -67,7 +69,7 @@ class ProblemStream(Generic[T]):
         """Start before the first item of epoch 0. Raises DataError if there are no items."""
         if not problems:
             raise DataError("there are no items to draw", fix="check the data source")
-        self._items = tuple(problems)
+        self._items = problems
         self._seed = seed
         self._epoch = 0
         self._position = 0
@@ -133,5 +135,6 @@ class ProblemStream(Generic[T]):
                 )
         if state["epoch"] < 0 or not 0 <= state["position"] <= len(self._items):
             raise CheckpointError(f"the data cursor {dict(state)} is out of range")
+        if state["epoch"] != self._epoch:  # it takes two seconds for a million rows
+            self._order = _shuffled(len(self._items), self._seed, state["epoch"])
         self._epoch, self._position = state["epoch"], state["position"]
-        self._order = _shuffled(len(self._items), self._seed, self._epoch)

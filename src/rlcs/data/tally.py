@@ -6,7 +6,8 @@ What was found in later rows can be added (`merge`), so that other processes may
 from array import array
 from dataclasses import dataclass
 
-from rlcs.data.rows import BadRow, Row
+from rlcs.data.rows import BadRow, Row, RowReader
+from rlcs.data.scanner import ScanTask
 from rlcs.grading import GradePool
 from rlcs.grading.inspection import Doubt, equal_options, inspect_gold
 from rlcs.grading.reading import read
@@ -14,6 +15,23 @@ from rlcs.records import Problem
 
 _PIXELS_A_TOKEN = 28 * 28
 _BYTES_A_TOKEN = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckTask(ScanTask["RowCheck"]):
+    """To check all rows; every image is decoded."""
+
+    prompt_limit: "PromptLimit"
+
+    def reader(self) -> RowReader:
+        """See `ScanTask`."""
+        reader = RowReader(self.table, self.settings, role=self.role, limit=self.decode_limit, decode=True)
+        reader.images.hold_no_bytes()
+        return reader
+
+    def sink(self) -> "RowCheck":
+        """See `ScanTask`."""
+        return RowCheck(self.prompt_limit, golds=self.settings.answers == "unwrapped")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from rlcs.data.run_data import RunData
+from rlcs.data.stored import all_answered
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RunFolderError, TrainingError
 from rlcs.evals.intervals import interval_of_mean
@@ -65,7 +66,7 @@ class ColdStart:
         """Check that the folder is free for it. Raises RunFolderError if it has another recipe, UserError."""
         self.recipe, self.folder = recipe, folder
         self._wanted, self._output, self._stop, self._world = wanted, output, stop, world
-        given = all(row.response is not None for row in data.cold_start)
+        given = all_answered(data.cold_start)
         self._chains = chains_of(wanted, recipe, given=given)
         self._data = check_prompts(data, recipe)
         self._seen: dict[Path, object] = {}

@@ -5,17 +5,22 @@ and the overlap of training and test data.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from rlcs.data.check import grouped
+from rlcs.data.row_cache import code_sum
 from rlcs.data.rows import BadRow, Row
 from rlcs.data.run_data import RunData, key_of
+from rlcs.data.scan import Watch, unwatched
 from rlcs.data.sources import ROLES, Role
+from rlcs.data.stored import Stored, number_blind, remembered, rows_of
 from rlcs.errors import DataError, PromptError
 from rlcs.recipe.schema import Recipe
-from rlcs.records import Problem
+from rlcs.records import Problem, from_row, to_row
 
 if TYPE_CHECKING:
     from rlcs.model.chat import Chat
@@ -27,24 +32,52 @@ _FAR_TOO_LONG = 16
 """A prompt of so many times the limit is not counted to its end."""
 
 
-def count_prompts(rows: Sequence[Row], role: Role, recipe: Recipe) -> tuple[list[BadRow], int]:
-    """`long_prompts` of the prompts that a run of the recipe makes. Raises ModelError."""
-    from rlcs.model.loading import load_chat
+def count_prompts(
+    rows: Sequence[Row], role: Role, recipe: Recipe, watch: Watch = unwatched
+) -> tuple[list[BadRow], int]:
+    """`long_prompts` of the prompts that a run of the recipe makes, found out once for rows that lie on disk.
 
-    chat = load_chat(recipe.model, recipe.prompt, recipe.images, rl=role == "rl")
-    return long_prompts(rows, chat, recipe.prompt.max_tokens)
+    Raises ModelError.
+    """
+
+    def count() -> dict[str, Any]:
+        from rlcs.model.loading import load_chat
+
+        chat = load_chat(recipe.model, recipe.prompt, recipe.images, rl=role == "rl")
+        bad, longest = long_prompts(rows, chat, recipe.prompt.max_tokens, watch)
+        return {"bad": list(map(to_row, bad)), "longest": longest}
+
+    about = _prompts_depend_on(recipe, role) if isinstance(rows, Stored) else None
+    found = remembered(rows, "prompts", about, count)
+    return [from_row(BadRow, row) for row in found["bad"]], found["longest"]
 
 
-def long_prompts(rows: Sequence[Row], chat: "Chat", limit: int) -> tuple[list[BadRow], int]:
+def _prompts_depend_on(recipe: Recipe, role: Role) -> list[Any]:
+    """All but the rows that the lengths of prompts depend on."""
+    from rlcs.pipeline.inputs import format_of
+
+    return [
+        format_of(recipe.model.name, recipe.model.revision),
+        recipe.prompt.model_dump(mode="json"),
+        recipe.images.model_dump(mode="json"),
+        role == "rl",
+        [version(name) for name in ("rlcs", "transformers", "tokenizers")],
+        code_sum("rlcs.model", "rlcs.pipeline"),
+    ]
+
+
+def long_prompts(
+    rows: Sequence[Row], chat: "Chat", limit: int, watch: Watch = unwatched
+) -> tuple[list[BadRow], int]:
     """The rows whose prompts have more than `limit` tokens, or cannot be made, and the most tokens of any.
 
-    Images are counted by their size alone.
+    Images are counted by their size alone. `watch` gets the number of rows so far, now and then.
     """
     bad: list[BadRow] = []
     longest = 0
     counting = chat.with_limit(_FAR_TOO_LONG * limit)
     for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
+        chunk = list(rows[start : start + _CHUNK])
         prompts = counting.unchecked_prompts([row.problem for row in chunk])
         for row, prompt in zip(chunk, prompts, strict=True):
             if isinstance(prompt, PromptError):
@@ -58,6 +91,7 @@ def long_prompts(rows: Sequence[Row], chat: "Chat", limit: int) -> tuple[list[Ba
                     images = sum(end - start for start, end in prompt.spans)
                     what = f"the prompt has {len(prompt.ids)} tokens, {images} of them image"
                     bad.append(row.refused(f"{what}; the limit is {limit}"))
+        watch(start + len(chunk))
     return bad, longest
 
 
@@ -86,14 +120,18 @@ def too_many(
     )
 
 
-def check_prompts(data: RunData, recipe: Recipe) -> RunData:
+def check_prompts(
+    data: RunData, recipe: Recipe, watch: Callable[[str, int], None] = lambda *_: None
+) -> RunData:
     """Leave training rows out whose prompts are too long, and note them; measured problems count as wrong.
+
+    `watch` gets the name of a source and the number of its rows so far, now and then.
 
     Raises DataError if these and the rows that could not be read are too many for `data.max_bad_share`.
     """
-    rows: dict[str, list[Row]] = {
-        "cold_start": list(data.cold_start),
-        **{name: list(map(_row, getattr(data, name))) for name in ("rl", "test", "validation")},
+    rows = {
+        "cold_start": data.cold_start,
+        **{name: rows_of(getattr(data, name)) for name in ("rl", "test", "validation")},
     }
     notes: list[str] = []
     left_out: dict[str, set[str]] = {}
@@ -103,7 +141,7 @@ def check_prompts(data: RunData, recipe: Recipe) -> RunData:
         if not each:
             continue
         role: Role = next((known for known in ROLES if known == name), "test")
-        bad, longest = count_prompts(each, role, recipe)
+        bad, longest = count_prompts(each, role, recipe, partial(watch, name))
         facts[name] = {**facts.get(name, {}), "prompts_too_long": len(bad), "longest_prompt": longest}
         if bad:
             unread = facts[name].get("left_out", 0)
@@ -121,8 +159,10 @@ def check_prompts(data: RunData, recipe: Recipe) -> RunData:
 
 def sight_notes(problems: Sequence[Problem], recipe: Recipe) -> list[str]:
     """A warning where `grpo.sight` finds no image in some RL problems; DataError where it does in none."""
-    blind = sum(not problem.images for problem in problems)
-    if not recipe.grpo.sight.coefficient or not blind:
+    if not recipe.grpo.sight.coefficient:
+        return []
+    blind = number_blind(problems)
+    if not blind:
         return []
     if blind == len(problems):
         raise DataError(
@@ -142,7 +182,3 @@ def _joined(errors: Sequence[tuple[int, DataError]]) -> DataError:
     (_, first), *others = errors
     what = "\n".join([first.what, *(f"{error.where}: {error.what}" for _, error in others)])
     return DataError(what, where=first.where, fix=max(errors, key=lambda each: each[0])[1].fix)
-
-
-def _row(problem: Problem) -> Row:
-    return Row(problem=problem, response=None)

@@ -6,22 +6,22 @@ size, time and checksum of every file of the model. A file with the size and tim
 weights may be large. Of a model on the hub it has the commit, with which the run goes on.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlcs.data.run_data import RunData, key_of
+from rlcs.data.stored import digests_of, id_of
 from rlcs.errors import ModelError, RunFolderError
 from rlcs.model.loading import load_config
 from rlcs.model.source import find_source
 from rlcs.pipeline.run_folder import holds_results
-from rlcs.records import Problem
 from rlcs.storage import MANIFEST, file_sum, read_json, write_json
 
 INPUTS = "inputs.json"
-_OF_A_MODEL = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", ".bin")
+_OF_A_FORMAT = (".json", ".jinja", ".model", ".txt", ".py")
+_OF_A_MODEL = (*_OF_A_FORMAT, ".safetensors", ".bin")
+_SOURCES = ("cold_start", "rl", "test", "validation")
 _DIGITS = 8
 """Characters of a row's digest."""
 _SHOWN = 3
@@ -37,13 +37,13 @@ def check_inputs(
     """
     path = folder / INPUTS
     before = read_json(path) if path.exists() else {"data": {}, "model": {}}
-    rows = {name: _digests(data, name) for name in ("cold_start", "rl", "test", "validation")}
-    now = {"data": {name: "".join(each.values()) for name, each in rows.items() if each}}
+    rows: dict[str, Sequence[Any]] = {name: getattr(data, name) for name in _SOURCES}
+    now = {"data": {name: digests_of(each) for name, each in rows.items() if each}}
     changed = [
         text
         for name, digests in now["data"].items()
         if name in before["data"]
-        for text in _changed_rows(key_of(name), before["data"][name], digests, [*rows[name]])
+        for text in _changed_rows(key_of(name), before["data"][name], digests, rows[name])
     ]
     files = _files_of(model, revision, before["model"])
     changed += [f"{model}: {name}" for name in _changed_files(before["model"], files)]
@@ -65,29 +65,15 @@ def _on_hub(model: str, revision: str | None) -> str:
     return f"{model}@{revision or 'main'}"
 
 
-def _digests(data: RunData, name: str) -> dict[str, str]:
-    """The digest of each row of a source, by its id: of all that training, grading and selection read."""
-    if name == "cold_start":
-        return {row.problem.id: _digest(row.problem, row.response) for row in data.cold_start}
-    problems: tuple[Problem, ...] = getattr(data, name)
-    return {problem.id: _digest(problem) for problem in problems}
-
-
-def _digest(problem: Problem, response: str | None = None) -> str:
-    facts = [problem.id, problem.digest, response, problem.metadata]
-    text = json.dumps(facts, sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
-
-
-def _changed_rows(key: str, before: str, now: str, ids: list[str]) -> Iterator[str]:
+def _changed_rows(key: str, before: str, now: str, rows: Sequence[Any]) -> Iterator[str]:
     """What changed in the rows of a source, whose digests stand one after the other."""
     if len(before) != len(now):
         yield f"{key} has {len(now) // _DIGITS:,} rows instead of {len(before) // _DIGITS:,}"
         return
     starts = range(0, len(now), _DIGITS)
-    other = [ids[at // _DIGITS] for at in starts if before[at : at + _DIGITS] != now[at : at + _DIGITS]]
+    other = [at // _DIGITS for at in starts if before[at : at + _DIGITS] != now[at : at + _DIGITS]]
     if other:
-        listed = ", ".join(repr(name) for name in other[:_SHOWN])
+        listed = ", ".join(repr(id_of(rows[at])) for at in other[:_SHOWN])
         yield f"{key}: {len(other):,} rows (with their images and gold answers), first {listed}"
 
 
@@ -112,6 +98,15 @@ def _files_of(model: str, revision: str | None, before: Mapping[str, Any]) -> di
             unread = known and {**known, **stamp} == known
             found[path.name] = known if unread else {**stamp, "sha256": file_sum(path).sha256}
     return found
+
+
+def format_of(model: str, revision: str | None) -> dict[str, str]:
+    """Checksums of the files of a model but its weights; of one on the hub its commit. Raises ModelError."""
+    source = find_source(model)
+    if not source.files.is_dir():
+        return {_on_hub(model, revision): str(load_config(model, revision)._commit_hash)}
+    files = (path for path in sorted(source.files.iterdir()) if path.suffix in _OF_A_FORMAT)
+    return {path.name: file_sum(path).sha256 for path in files}
 
 
 def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -11,11 +11,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rlcs.cores import usable_cores
 from rlcs.data.run_data import RunData
+from rlcs.data.stored import all_answered, with_most_pixels
 from rlcs.distill.teachers import open_teacher
 from rlcs.distributed import ALONE, World, visible_gpus
 from rlcs.engines.factory import MakeEngine
@@ -70,7 +72,7 @@ class Remaining:
     def of(cls, recipe: Recipe, folder: Path, data: RunData) -> "Remaining":
         """What the run in a folder has left to do."""
         needed = {stage for arm in recipe.study.arms for stage in stages_behind(arm)}
-        missing = any(row.response is None for row in data.cold_start)
+        missing = not all_answered(data.cold_start)
         return cls(
             train=tuple(s for s in TRAINING_ORDER if s in needed and not is_done(folder / s)),
             measure=tuple(a for a in recipe.study.arms if not is_done(folder / "eval" / a)),
@@ -251,7 +253,8 @@ class Preflight:
         if teacher.who == "local":
             loading.load(Model(name=str(teacher.model)), weights=False)
             return self._startable(teacher.rollout, "teacher.rollout")
-        problems = [row.problem for row in self._data.cold_start if row.response is None][:_TEACHER_PROBLEMS]
+        unanswered = (row.problem for row in self._data.cold_start if row.response is None)
+        problems = list(islice(unanswered, _TEACHER_PROBLEMS))
         brief = {
             "max_tokens": min(teacher.max_tokens, TRIAL_TOKENS),
             "max_retries": min(teacher.max_retries, 1),
@@ -333,13 +336,9 @@ class Preflight:
 def largest_prompt(chat: Chat, problems: Sequence[Problem]) -> Prompt:
     """The prompt of the problem with the largest image, of those that fit. Raises DataError if none does."""
     error = DataError("there are no problems", fix="check the data source")
-    for problem in sorted(problems, key=_pixels, reverse=True)[:IMAGE_PROBLEMS]:
+    for problem in with_most_pixels(problems, IMAGE_PROBLEMS):
         [prompt] = chat.prompts([problem])
         if isinstance(prompt, Prompt):
             return prompt
         error = prompt
     raise error
-
-
-def _pixels(problem: Problem) -> int:
-    return sum(image.width * image.height for image in problem.images)

@@ -10,9 +10,8 @@ from rlcs.data.loading import load, open_source, require_usable
 from rlcs.data.rows import BadRow, Row
 from rlcs.data.run_data import RunData, by_pass_rate, compare_with_test, sources_of
 from rlcs.data.scan import scan
-from rlcs.data.scanner import ScanTask
 from rlcs.data.sources import Role, is_builtin
-from rlcs.data.tally import Kind, PromptLimit, RowCheck, Tally
+from rlcs.data.tally import CheckTask, Kind, PromptLimit, RowCheck, Tally
 from rlcs.errors import DataError
 from rlcs.pipeline.data_checks import count_prompts, too_many
 from rlcs.recipe.schema import Recipe
@@ -34,7 +33,7 @@ class SourceCheck:
     notes: tuple[str, ...]
     kinds: Mapping[str, Kind]
     """What the gold answers of usable rows are read as, the most frequent kind first."""
-    rows: tuple[Row, ...] = ()
+    rows: Sequence[Row] = ()
     good: tuple[Row, ...] = ()
     lines: Sequence[int] = ()
     refusal: str = ""
@@ -57,7 +56,7 @@ def check_source(
     if options.part is not None or (keep and not has_lines):  # which rows a part has depends on all of them
         return _check_held(source, role, recipe, for_run=for_run)
     scanner = scan(
-        ScanTask(
+        CheckTask(
             table=table,
             settings=data,
             role=role,
@@ -65,8 +64,8 @@ def check_source(
             prompt_limit=_prompt_limit(recipe),
         )
     )
-    bad = [*scanner.bad, *scanner.check.settle()]
-    tally = scanner.check.tally
+    bad = [*scanner.bad, *scanner.sink.settle()]
+    tally = scanner.sink.tally
     return SourceCheck(
         role=role,
         source=source,

@@ -45,7 +45,7 @@ from rlcs.pipeline.preflight import Preflight
 from rlcs.pipeline.run_folder import attempt_log, claim, command, recipe_hash, versions
 from rlcs.pipeline.shortage import memory_advice
 from rlcs.pipeline.space import existing
-from rlcs.progress import Output
+from rlcs.progress import Output, RowProgress
 from rlcs.recipe.arms import ARMS, RL_ARMS, TRAINING_ORDER, RlArm
 from rlcs.recipe.coldstart import subset
 from rlcs.recipe.schema import Model, Recipe
@@ -152,9 +152,10 @@ class Study:
         revision = self._world.first(lambda: inputs(dry=self._dry))
         model = model.model_copy(update={"revision": revision})
         self.recipe = self.recipe.model_copy(update={"model": model})
-        self._data = check_prompts(self._data, self.recipe)
-        blind_tasks("base", self.recipe, self._data, self.folder)  # that other images are there
         with Output(quiet=True, json=self._output.json).screen("data", 0) as view:
+            watch = RowProgress(view, "prompts counted")
+            self._data = check_prompts(self._data, self.recipe, watch)
+            blind_tasks("base", self.recipe, self._data, self.folder)  # that other images are there
             for line in self._data.notes:
                 log.warning(line)
                 view.say(line)

@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rlcs.data.stored import with_images_among
 from rlcs.engines.base import Seen
 from rlcs.model.chat import Chat
 from rlcs.recipe.stages import Grpo
@@ -193,7 +194,7 @@ def cases(problems: Sequence[Problem], chat: Chat) -> Iterator[Case]:
 
     Of some problems those are taken that show most: several images, and images that are no squares.
     """
-    pictured = _spread([problem for problem in problems if problem.images], _LOOKED_AT)
+    pictured = _spread(with_images_among(problems), _LOOKED_AT)
     made = [(problem, prompt) for problem, prompt in zip(pictured, chat.prompts(pictured), strict=True)]
     shown = [(problem, prompt) for problem, prompt in made if isinstance(prompt, Prompt)]
     shown.sort(key=lambda pair: (-len(pair[1].images), all(h == w for _, h, w in pair[1].grids)))
