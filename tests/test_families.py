@@ -49,6 +49,12 @@ from test_policy import (  # noqa: F401
     test_in_double_precision_a_pack_is_exact,
     test_packs_may_be_split_anyhow,
 )
+from test_prefixes import (  # noqa: F401
+    passes,
+    short,
+    test_a_later_turn_goes_on_from_the_earlier_one,
+    test_questions_about_one_image_are_asked_at_once,
+)
 from test_serving_weights import test_half_the_bytes_in_bfloat16  # noqa: F401
 
 

@@ -48,9 +48,9 @@ BASE = Shape(
 SWEEPS = (
     Sweep(
         name="group",
-        values=(1, 2, 4, 8, 16, 32),
+        values=(2, 4, 8, 16, 32),  # a group of one has no advantages
         base=replace(BASE, prompts=8),
-        peer_from=2,  # TRL takes no groups of one
+        peer_from=2,
     ),
     Sweep(name="trunk", values=(60, 200, 800, 2000), base=BASE),
     Sweep(name="answers", values=(25, 50, 100, 200, 400), base=BASE),

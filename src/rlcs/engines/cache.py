@@ -8,6 +8,7 @@ P longest trunk, O longest row so far, D head size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,16 +23,49 @@ GROWTH = 32
 """Tokens by which the cache of the rows grows."""
 
 
+class Sources:
+    """Which layer's keys and values each layer reads: some share those of an earlier one."""
+
+    def __init__(self) -> None:
+        """No layer is known yet."""
+        self.by_layer: dict[int, int] = {}
+        self._given: list[tuple[Tensor, int]] = []
+
+    def of(self, layer: int, key: Tensor) -> int:
+        """The layer from which these keys are: `layer` itself, or an earlier one."""
+        source = next((earlier for given, earlier in self._given if given is key), layer)
+        self.by_layer[layer] = source
+        if source == layer:
+            self._given.append((key, layer))
+        return source
+
+
+class Prefill(Plan, Protocol):
+    """A plan by which prompts were computed, from which decoding goes on."""
+
+    lengths: list[int]
+    sources: Sources
+
+    @property
+    def kept(self) -> RowRecurrence:
+        """What recurrent layers keep at the end of each prompt."""
+        ...
+
+    def trunks(self) -> Slots:
+        """Keys and values (T, K, P, D) of the prompts, padded with zeros on the right."""
+        ...
+
+
 class RecordingPlan:
     """Wraps another plan and keeps what later tokens look back at in every layer: the prefill of trunks."""
 
     def __init__(self, inner: Plan, layout: Layout, device: torch.device) -> None:
         """`inner` computes the attention itself; `layout` is of trunks alone."""
-        self._inner, self.layout = inner, layout
+        self._inner, self._layout = inner, layout
+        self.lengths = list(map(len, layout.trunks))
         self.recurrence = TrunkRecurrence(layout, device)
         self.layers: dict[int, KeyValue] = {}
-        self.sources: dict[int, int] = {}
-        self._given: list[tuple[Tensor, int]] = []
+        self.sources = Sources()
 
     def attend(
         self,
@@ -44,18 +78,20 @@ class RecordingPlan:
         scale: float | None = None,
     ) -> Tensor:
         """Attend as `inner` does; the keys that a layer shares with an earlier one are kept once."""
-        source = next((earlier for given, earlier in self._given if given is key), layer)
-        self.sources[layer] = source
-        if source == layer:
+        if self.sources.of(layer, key) == layer:
             self.layers[layer] = (key[0], value[0])
-            self._given.append((key, layer))
         return self._inner.attend(layer, query, key, value, scope=scope, scale=scale)
 
+    @property
+    def kept(self) -> RowRecurrence:
+        """See `Prefill`."""
+        return self.recurrence.kept
+
     def trunks(self) -> Slots:
-        """Keys and values (T, K, P, D) of the trunks, padded with zeros on the right."""
+        """See `Prefill`."""
         return Slots(
             {
-                layer: (_stack(key, self.layout), _stack(value, self.layout))
+                layer: (_stack(key, self._layout), _stack(value, self._layout))
                 for layer, (key, value) in self.layers.items()
             }
         )
@@ -88,20 +124,20 @@ class ForestCache:
     sources: dict[int, int]
 
     @classmethod
-    def prefilled(cls, recording: RecordingPlan) -> "ForestCache":
+    def prefilled(cls, prefill: Prefill) -> "ForestCache":
         """A cache in which each trunk has one row, without tokens of its own."""
-        trunks = recording.trunks()
+        trunks = prefill.trunks()
         rows = {}
         for layer, (key, _) in trunks.layers.items():
             empty = key.new_zeros(key.shape[0], key.shape[1], GROWTH, key.shape[3])
             rows[layer] = (empty, empty.clone())
         return cls(
             trunks=trunks,
-            trunk_lengths=list(map(len, recording.layout.trunks)),
+            trunk_lengths=prefill.lengths,
             rows=Slots(rows),
             row_trunk=list(range(trunks.count)),
-            recurrence=recording.recurrence.kept,
-            sources=recording.sources,
+            recurrence=prefill.kept,
+            sources=prefill.sources.by_layer,
         )
 
     def append(self, other: "ForestCache") -> None:

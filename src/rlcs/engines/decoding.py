@@ -10,6 +10,7 @@ Letters in shapes: Q queries, M the most answers that any of their branches has,
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from rlcs.engines.branches import Branch, DecodeRequest, Likeliest, Row
-from rlcs.engines.cache import ForestCache, RecordingPlan
+from rlcs.engines.cache import ForestCache, Prefill, RecordingPlan
 from rlcs.engines.detokenizer import Detokenizer
 from rlcs.engines.drafting import Drafter, pass_cost
+from rlcs.engines.prefixes import ContinuingPlan, Prefix, Prefixes, rest_of
 from rlcs.engines.sampling import choose, likeliest, uniform
 from rlcs.engines.slots import settled
 from rlcs.errors import ModelError
@@ -28,7 +30,7 @@ from rlcs.model.chat import Chat
 from rlcs.model.chunks import PREFILL_TOKENS
 from rlcs.model.experts import Routing
 from rlcs.model.image_features import image_inputs
-from rlcs.model.packing import pack
+from rlcs.model.packing import Pack, pack
 from rlcs.model.policy import hidden_states
 from rlcs.model.vlm import Vlm
 from rlcs.records import StopReason, rollout_seed
@@ -41,9 +43,15 @@ class DecodingBatch:
     A branch has a query for its last token, and one for each token of its draft.
     """
 
-    def __init__(self, vlm: Vlm, chat: Chat, *, keeps_routes: bool = False) -> None:
-        """Empty: `add` requests, then `step`. `keeps_routes`: of a mixture, which experts compute what."""
+    def __init__(
+        self, vlm: Vlm, chat: Chat, *, keeps_routes: bool = False, prefixes: Prefixes | None = None
+    ) -> None:
+        """Empty: `add` requests, then `step`. `keeps_routes`: of a mixture, which experts compute what.
+
+        `prefixes` are the prompts that were computed with the present weights.
+        """
         self._vlm, self._chat, self._keeps_routes = vlm, chat, keeps_routes
+        self._prefixes = prefixes or Prefixes(0)
         self.clear()
 
     def clear(self) -> None:
@@ -64,25 +72,54 @@ class DecodingBatch:
         return sum(len(branch.rows) for branch in self._branches if not branch.ended)
 
     def add(self, requests: Sequence[DecodeRequest]) -> None:
-        """Prefill the prompts of requests, each with a branch for all of its `sampling.n` answers."""
+        """Prefill the prompts of requests, each with a branch for all of its `sampling.n` answers.
+
+        Of a prompt that begins like one that is kept, or like another of these, the rest alone is computed.
+        """
         self.requests += requests
+        fresh, others = self._prefixes.split(requests)
+        self._prefill_whole(fresh)
+        for request in others:
+            if found := self._prefixes.find(request.prompt):
+                self._prefill_rest(request, *found)
+            else:
+                self._prefill_whole([request])
+
+    def _prefill_whole(self, requests: Sequence[DecodeRequest]) -> None:
+        device = self._vlm.device
         for chunk in _by_tokens(requests, PREFILL_TOKENS):
             trunks = pack([Tree(prompt=r.prompt, branches=()) for r in chunk], self._chat.patches)
-            trunks = trunks.to(self._vlm.device)
-            layout, device = trunks.layout, self._vlm.device
+            layout = trunks.layout
             plan = RecordingPlan(attention.make_plan(self._vlm.attention, layout, device), layout, device)
-            images = image_inputs(self._vlm, trunks)
-            states, routes = self._computed(trunks.ids, trunks.positions, plan=plan, **images)
-            logits = self._vlm.logits(states[[trunk.stop - 1 for trunk in layout.trunks]])
-            cache = ForestCache.prefilled(plan)
+            self._prefill(chunk, trunks, plan)
             for request, trunk in zip(chunk, layout.trunks, strict=True):
-                self._open(request, start=int(trunks.positions[:, trunk.start : trunk.stop].max()) + 1)
-                request.routes = b"".join(routes[trunk.start : trunk.stop])
-            if self._cache is None:
-                self._cache, self._logits = cache, logits
-            else:
-                self._cache.append(cache)
-                self._logits = torch.cat([self._logits, logits])
+                self._prefixes.keep(request.prompt, plan.layers, trunk.start, trunk.stop)
+
+    def _prefill_rest(self, request: DecodeRequest, prefix: Prefix, tokens: int) -> None:
+        """Compute a prompt behind its first tokens, which a kept prompt has, too."""
+        prompt = request.prompt
+        whole = pack([Tree(prompt=prompt, branches=())], self._chat.patches)
+        rest = pack([Tree(prompt=rest_of(prompt, tokens), branches=())], self._chat.patches)
+        rest = replace(rest, positions=whole.positions[:, tokens:])
+        plan = ContinuingPlan(prefix, tokens, whole.layout, self._vlm.device)
+        self._prefill([request], rest, plan)
+        self._prefixes.keep(prompt, plan.layers, 0, len(prompt.ids))
+
+    def _prefill(self, requests: Sequence[DecodeRequest], trunks: Pack, plan: Prefill) -> None:
+        """Compute the prompts in a pack, or the rest of one, and open a branch for each."""
+        trunks = trunks.to(self._vlm.device)
+        images = image_inputs(self._vlm, trunks)
+        states, routes = self._computed(trunks.ids, trunks.positions, plan=plan, **images)
+        logits = self._vlm.logits(states[[trunk.stop - 1 for trunk in trunks.layout.trunks]])
+        cache = ForestCache.prefilled(plan)
+        for request, trunk in zip(requests, trunks.layout.trunks, strict=True):
+            self._open(request, start=int(trunks.positions[:, trunk.start : trunk.stop].max()) + 1)
+            request.routes = b"".join(routes[trunk.start : trunk.stop])
+        if self._cache is None:
+            self._cache, self._logits = cache, logits
+        else:
+            self._cache.append(cache)
+            self._logits = torch.cat([self._logits, logits])
 
     def _open(self, request: DecodeRequest, *, start: int) -> None:
         sampling, prompt = request.sampling, request.prompt

@@ -13,6 +13,7 @@ from rlcs.engines.branches import DecodeRequest, Listener, Row, Token
 from rlcs.engines.cache_sizes import cache_sizes
 from rlcs.engines.decoding import DecodingBatch
 from rlcs.engines.onednn_linear import packed
+from rlcs.engines.prefixes import Prefixes
 from rlcs.errors import out_of_memory_in
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
@@ -36,18 +37,22 @@ class LocalEngine:
         max_rows: int,
         cache_tokens: float = math.inf,
         keeps_routes: bool = False,
+        prefix_bytes: int = 0,
     ) -> None:
         """At most `max_rows` answers are decoded at once, and at most `cache_tokens` reserved for them.
 
         A request that alone is larger is decoded alone. `keeps_routes`: rollouts say which experts computed
-        them.
+        them. Keys and values of submitted prompts are kept in `prefix_bytes` of memory, for later ones that
+        begin alike; not of models with recurrent layers.
         """
         self._vlm, self._chat = vlm, chat
         self._max_rows, self._cache_tokens = max_rows, cache_tokens
         self._decoding = threading.Lock()
         self._submitting = threading.Lock()
         self._waiting: list[DecodeRequest] = []
-        self._batch = DecodingBatch(vlm, chat, keeps_routes=keeps_routes)
+        recurrent = cache_sizes(vlm.model.config.get_text_config()).row_bytes(1) > 0
+        self._prefixes = Prefixes(0 if recurrent or keeps_routes else prefix_bytes)
+        self._batch = DecodingBatch(vlm, chat, keeps_routes=keeps_routes, prefixes=self._prefixes)
         self._thread_runs = False
         # Closed by `sync`, or when the engine and with it the generator is garbage-collected.
         self._packed: AbstractContextManager[None] | None = None
@@ -71,6 +76,7 @@ class LocalEngine:
             self._unpack()
 
     def _unpack(self) -> None:
+        self._prefixes.clear()
         if self._packed is not None:
             self._packed.__exit__(None, None, None)
             self._packed = None

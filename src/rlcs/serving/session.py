@@ -27,6 +27,8 @@ from rlcs.records import ImageRef, Message, Prompt, Sampling, StopReason
 
 CACHE_TOKENS = 1 << 18
 """Most prompt and answer tokens of which a session keeps keys and values, over all requests."""
+PREFIX_BYTES = 1 << 30
+"""Memory in which a session keeps the keys and values of prompts, for the next turn or question."""
 GREEDY_BELOW = 1e-5
 """A temperature below is taken as 0: it draws the same tokens, and logits divided by it may be infinite."""
 
@@ -179,7 +181,9 @@ class Session:
         decode = decoder.open_image if decoder else open_image
         self.measure: Measure = decoder.measured if decoder else measured
         self.chat: Chat = loading.make_chat(vlm, prompts, images, decode=decode)
-        self.engine = LocalEngine(vlm, self.chat, max_rows=max_rows, cache_tokens=CACHE_TOKENS)
+        self.engine = LocalEngine(
+            vlm, self.chat, max_rows=max_rows, cache_tokens=CACHE_TOKENS, prefix_bytes=PREFIX_BYTES
+        )
         self._decode_limit = images.decode_limit
 
     def ask(
