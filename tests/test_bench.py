@@ -21,6 +21,7 @@ from bench.shapes import (
     WARM_UP_TRUNK,
     Case,
     Shape,
+    grpo_settings,
     make_case,
     trained_case,
     wide_model,
@@ -264,6 +265,13 @@ def test_both_readers_see_all_images_of_a_file(tmp_path):
     path = reading.write(tmp_path / "rows.parquet", 20)
     for decode in (False, True):
         assert reading.ours(path, decode=decode) == reading.theirs(path, decode=decode) == 20 * 112 * 112
+
+
+@pytest.mark.parametrize("sweep", sweeps.SWEEPS, ids=lambda sweep: sweep.name)
+def test_a_recipe_takes_every_value_of_a_sweep(sweep, tmp_path):
+    for value in (min(sweep.values), max(sweep.values)):
+        case = make_case(sweep.shape(value), tmp_path / str(value), 1)
+        assert grpo_settings(case).group_size == case.shape.group >= 2
 
 
 def test_growth_is_an_exponent():

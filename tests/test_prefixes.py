@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import rlcs
 from conftest import draw
 from rlcs.engines import decoding, prefixes
 from rlcs.engines.branches import DecodeRequest
@@ -16,6 +17,7 @@ from rlcs.engines.decoding import DecodingBatch
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.prefixes import Prefixes, in_common, rest_of
 from rlcs.records import Message
+from rlcs.serving.session import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -212,3 +214,23 @@ def test_memory_is_bounded_and_what_was_used_last_stays(chat):
     nothing = Prefixes(0)
     nothing.keep(prompt, layers(prompt), 0, len(prompt.ids))
     assert nothing.find(prompt) is None and nothing.split([1, 2]) == ([1, 2], [])
+
+
+def test_a_session_keeps_prompts(passes, monkeypatch):
+    monkeypatch.undo()  # at the lengths of real prompts
+    session = rlcs.load("builtin")
+    sizes = []
+    original = decoding.hidden_states
+
+    def counted(vlm, ids, positions, **keywords):
+        sizes.append(len(ids))
+        return original(vlm, ids, positions, **keywords)
+
+    monkeypatch.setattr(decoding, "hidden_states", counted)
+    messages = [session.message(draw(420, 420, seed=3), "How many?")]
+    settings = Settings(max_new_tokens=2, temperature=0.0)
+    first = session.stream(messages, settings).answer
+    messages += [assistant(first.text or "One."), user("And which colour?")]
+    second = session.stream(messages, settings).answer
+    assert sizes[0] == first.prompt_tokens > 200
+    assert second.prompt_tokens > sizes[0] and max(sizes[1:]) < 40

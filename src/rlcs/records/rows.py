@@ -5,8 +5,9 @@ from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 MERGED = {"row": ""}
 """Metadata of a field whose entries are merged into the record's JSON row: `field(metadata=MERGED)`.
@@ -62,23 +63,43 @@ def _plain(value: Any) -> Any:
     return to_row(value) if is_dataclass(value) else value
 
 
+class _Attribute(NamedTuple):
+    """What reading a row needs to know of a field; `merges`: names that a merged record takes of the row."""
+
+    name: str
+    row_name: str
+    type: Any
+    required: bool
+    merges: frozenset[str] | None
+
+
+@cache
+def _attributes(kind: type) -> tuple[_Attribute, ...]:
+    """The fields of a record, merged ones last: they take what the others leave."""
+    found = []
+    for field in fields(kind):
+        merges = None
+        if is_dataclass(field.type):
+            merges = frozenset(_row_name(inner) for inner in fields(field.type))
+        required = field.default is MISSING and field.default_factory is MISSING
+        found.append(_Attribute(field.name, _row_name(field), field.type, required, merges))
+    return tuple(sorted(found, key=lambda attribute: not attribute.row_name))
+
+
 def _read_record(kind: type[T], row: Mapping[str, object], *, lenient: bool) -> T:
     left, values = dict(row), dict[str, Any]()
-    attributes: tuple[Field[Any], ...] = fields(kind)  # type: ignore[arg-type]
-    for attribute in sorted(
-        attributes, key=lambda x: not _row_name(x)
-    ):  # merged ones last: they take the rest
-        name, type_ = _row_name(attribute), attribute.type
+    for attribute in _attributes(cast(Any, kind)):
+        name = attribute.row_name
         if not name:
-            merged = {_row_name(inner) for inner in fields(type_)} if is_dataclass(type_) else set(left)
-            entry: Any = {key: left.pop(key) for key in merged & left.keys()}
+            merged = left.keys() if attribute.merges is None else attribute.merges & left.keys()
+            entry: Any = {key: left.pop(key) for key in list(merged)}
         elif name in left:
             entry = left.pop(name)
-        elif attribute.default is MISSING and attribute.default_factory is MISSING:
+        elif attribute.required:
             raise ValueError(f"{name} is missing")
         else:
             continue
-        values[attribute.name] = _read_value(type_, entry, name, lenient=lenient)
+        values[attribute.name] = _read_value(attribute.type, entry, name, lenient=lenient)
     if left and not lenient:
         raise ValueError(f"unknown fields: {', '.join(left)}")
     return kind(**values)

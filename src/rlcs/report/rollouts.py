@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rlcs.data.problem_store import PROBLEMS
 from rlcs.recipe.arms import TRAINING_ORDER
-from rlcs.records import GradedSample, Problem, StopReason
+from rlcs.records import GradedSample, Problem, StopReason, from_row_or_none
 from rlcs.report import pictures
-from rlcs.report.load_run import Run, by_reward, kept_images, read_records, saved_steps
+from rlcs.report.load_run import Row, Run, by_reward, kept_images, read_records, read_rows, saved_steps, text
 from rlcs.report.pages import templates, write_page
 
 _MOST_FILES = 400
@@ -79,12 +79,12 @@ def stages_of(run: Path) -> list[str]:
     return [stage for stage in TRAINING_ORDER if saved_steps(run / stage / "rollouts")]
 
 
-def find(run: Path, wanted: Wanted, *, count: int = 12) -> Found:
-    """Groups of one stage, newest step first."""
+def find(run: Path, wanted: Wanted, *, count: int = 12, known: Mapping[str, Row] | None = None) -> Found:
+    """Groups of one stage, newest step first; `known` are the rows of its problems, if they were read."""
     folder = run / wanted.stage / "rollouts"
     files = saved_steps(folder)
     chosen = [s for s in sorted(files, reverse=True) if wanted.step in (None, s)][:_MOST_FILES]
-    known = {problem.id: problem for problem in read_records(Problem, folder / PROBLEMS)}
+    known = _problems(run, wanted.stage) if known is None else known
     groups: list[Family] = []
     read = 0
     for step in chosen:
@@ -97,12 +97,18 @@ def find(run: Path, wanted: Wanted, *, count: int = 12) -> Found:
     return Found(groups=tuple(page), more=more, steps=tuple(files), read=read)
 
 
+def _problems(run: Path, stage: str) -> dict[str, Row]:
+    """The rows of a stage's problems by their ids."""
+    return {text(row, "id"): row for row in read_rows(run / stage / "rollouts" / PROBLEMS)}
+
+
 def sample(run: Path, stage: str) -> Found:
     """The groups of a few steps, first and last among them, for a page that must stay small."""
     steps = list(saved_steps(run / stage / "rollouts"))
     last = len(steps) - 1
     chosen = sorted({steps[round(i * last / (_STATIC_STEPS - 1))] for i in range(_STATIC_STEPS)})
-    pages = [find(run, Wanted(stage=stage, step=step), count=_STATIC_GROUPS) for step in chosen]
+    known = _problems(run, stage)
+    pages = [find(run, Wanted(stage=stage, step=step), count=_STATIC_GROUPS, known=known) for step in chosen]
     groups = tuple(group for page in pages for group in page.groups)
     return Found(groups=groups, more=True, steps=tuple(steps), read=len(chosen))
 
@@ -139,9 +145,10 @@ def _images(group: Family) -> list[str]:
     return kept_images(group.problem) if group.problem else []
 
 
-def _groups(path: Path, step: int, known: Mapping[str, Problem], wanted: Wanted) -> Iterator[Family]:
+def _groups(path: Path, step: int, known: Mapping[str, Row], wanted: Wanted) -> Iterator[Family]:
     members: dict[str, list[GradedSample]] = {}
     for one in filter(wanted.takes, read_records(GradedSample, path)):
         members.setdefault(one.sample.id, []).append(one)
     for name, rollouts in members.items():
-        yield Family(step=step, id=name, problem=known.get(name), rollouts=by_reward(rollouts))
+        problem = from_row_or_none(Problem, known[name]) if name in known else None
+        yield Family(step=step, id=name, problem=problem, rollouts=by_reward(rollouts))
