@@ -145,6 +145,18 @@ def test_good_lines_are_copied_without_holding_rows(source, small, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("words", [{}, {"role": "cold_start"}])
+def test_a_long_check_says_how_far_it_is(source, small, monkeypatch, capsys, words):
+    small(2)
+    monkeypatch.setattr(scan_module, "WATCHED", 50)
+    monkeypatch.setattr("rlcs.progress.ROWS_SAID_S", 0.0)
+    with pytest.raises(typer.Exit):
+        data_check(str(source), json=True, **words)
+    out, errors = capsys.readouterr()
+    json.loads(out)
+    assert "rows.jsonl: 150 rows checked, " in errors and "/s\n" in errors
+
+
 def test_no_row_is_held(source, small):
     small(1)
     before = sum(isinstance(each, Row) for each in gc.get_objects())

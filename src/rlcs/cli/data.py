@@ -2,7 +2,9 @@
 
 import json as jsonlib
 import re
+import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +18,7 @@ from rlcs.errors import RecipeError, UserError
 if TYPE_CHECKING:
     from rlcs.data.sources import Role
     from rlcs.pipeline.source_check import SourceCheck
+    from rlcs.progress import RowProgress
     from rlcs.recipe.schema import Recipe
 
 RecipeOption = Annotated[
@@ -67,6 +70,7 @@ def data_check(
         resolved,
         for_run=recipe is not None,
         keep="" if write is None else "lines" if copies_lines(source, write) else "rows",
+        watch=partial(_progress(), source),
     )
     facts, lines = _facts(found), _lines(found)
     if write is not None and found.usable:
@@ -81,6 +85,13 @@ def data_check(
     print_result(facts, lines, json=json)
     if found.bad or found.refusal or not found.usable:
         raise typer.Exit(2)
+
+
+def _progress() -> "RowProgress":
+    """Says on standard error how far the check of a large source is."""
+    from rlcs.progress import RowProgress, screen
+
+    return RowProgress(screen("check", 0, quiet=True, stream=sys.stderr), "rows checked")
 
 
 def _is_override(text: str) -> bool:
@@ -100,7 +111,7 @@ def _role(name: str | None) -> "Role":
 def _check_recipe(recipe: "Recipe", *, json: bool) -> None:
     from rlcs.pipeline.source_check import check_recipe_data
 
-    checks, errors, notes = check_recipe_data(recipe)
+    checks, errors, notes = check_recipe_data(recipe, _progress())
     lines: list[str] = []
     for name, found in checks.items():
         lines += [f"{name}: {found.source}", *(f"  {line}" for line in _lines(found)), ""]

@@ -14,7 +14,7 @@ from rlcs.data.row_cache import RowCache
 from rlcs.data.row_counts import RowCounts
 from rlcs.data.row_index import RowIndex
 from rlcs.data.rows import BadRow, Row, RowReader
-from rlcs.data.scan import Watch, is_large, unwatched
+from rlcs.data.scan import Watch, is_large, unwatched, watched
 from rlcs.data.source_options import SourceOptions, read_options
 from rlcs.data.sources import Role, Table, is_builtin, open_builtin, open_table
 from rlcs.data.stored import Stored, chosen, remembered
@@ -58,6 +58,7 @@ def load(
     role: Role,
     decode: bool = False,
     store: Path | None = None,
+    watch: Watch = unwatched,
 ) -> Loaded:
     """Read a source; image headers are checked, and with `decode` every image is decoded in full.
 
@@ -78,7 +79,7 @@ def load(
         return Loaded(rows=tuple(Row(problem=p, response=None) for p in problems), source=source)
     table, settings, options = open_source(source, settings, role)
     reader = RowReader(table, settings, role=role, limit=decode_limit, decode=decode, store=store)
-    return _held(source, table, reader, options)
+    return _held(source, table, reader, options, watch)
 
 
 def load_indexed(
@@ -101,7 +102,7 @@ def load_indexed(
     index, table = _index_of(table, settings, role=role, decode_limit=decode_limit, watch=watch)
     if index is None:
         reader = RowReader(table, settings, role=role, limit=decode_limit, decode=False, store=store)
-        return _held(source, table, reader, options)
+        return _held(source, table, reader, options, watch)
     rows: Sequence[Row] = Stored(index, Row)
     counts = index.head.counts
     if options.part:
@@ -111,8 +112,8 @@ def load_indexed(
     return Loaded(rows=rows, bad=index.head.bad, source=source, notes=notes)
 
 
-def _held(source: str, table: Table, reader: RowReader, options: SourceOptions) -> Loaded:
-    results = list(map(reader.read, table.rows))
+def _held(source: str, table: Table, reader: RowReader, options: SourceOptions, watch: Watch) -> Loaded:
+    results = list(map(reader.read, watched(table.rows, watch)))
     rows: Sequence[Row] = tuple(result for result in results if isinstance(result, Row))
     bad = tuple(result for result in results if isinstance(result, BadRow))
     if options.part:

@@ -1,7 +1,8 @@
 """What `rlcs data check` finds in a data source, and in all sources of a recipe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from rlcs.data.files import JsonLines
@@ -9,7 +10,7 @@ from rlcs.data.given import grade_given, sentences, unanswerable, why_left_out
 from rlcs.data.loading import load, open_source, require_usable
 from rlcs.data.rows import BadRow, Row
 from rlcs.data.run_data import RunData, by_pass_rate, compare_with_test, sources_of
-from rlcs.data.scan import scan
+from rlcs.data.scan import Watch, scan, unwatched
 from rlcs.data.sources import Role, is_builtin
 from rlcs.data.tally import CheckTask, Kind, PromptLimit, RowCheck, Tally
 from rlcs.errors import DataError
@@ -40,21 +41,27 @@ class SourceCheck:
 
 
 def check_source(
-    source: str, role: Role, recipe: Recipe, *, for_run: bool, keep: Literal["", "lines", "rows"] = ""
+    source: str,
+    role: Role,
+    recipe: Recipe,
+    *,
+    for_run: bool,
+    keep: Literal["", "lines", "rows"] = "",
+    watch: Watch = unwatched,
 ) -> SourceCheck:
     """Read a source, decode every image, and try every gold answer, response and prompt.
 
     With `for_run` the recipe is the one that will run: its model, teacher and limits decide too. Rows, of
     which a million take gigabytes, are held only then, where responses are graded, and where they are to be
-    kept: with `lines` their numbers are enough, if the source has a line for each. Raises DataError when the
-    source as a whole cannot be used, and ModelError.
+    kept: with `lines` their numbers are enough, if the source has a line for each. See `Watch` for `watch`.
+    Raises DataError when the source as a whole cannot be used, and ModelError.
     """
     if for_run or keep == "rows" or role == "cold_start" or is_builtin(source):
-        return _check_held(source, role, recipe, for_run=for_run)
+        return _check_held(source, role, recipe, for_run=for_run, watch=watch)
     table, data, options = open_source(source, recipe.data, role)
     has_lines = isinstance(table.rows, JsonLines)
     if options.part is not None or (keep and not has_lines):  # which rows a part has depends on all of them
-        return _check_held(source, role, recipe, for_run=for_run)
+        return _check_held(source, role, recipe, for_run=for_run, watch=watch)
     scanner = scan(
         CheckTask(
             table=table,
@@ -62,7 +69,8 @@ def check_source(
             role=role,
             decode_limit=recipe.images.decode_limit,
             prompt_limit=_prompt_limit(recipe),
-        )
+        ),
+        watch=watch,
     )
     bad = [*scanner.bad, *scanner.sink.settle()]
     tally = scanner.sink.tally
@@ -77,9 +85,9 @@ def check_source(
     )
 
 
-def _check_held(source: str, role: Role, recipe: Recipe, *, for_run: bool) -> SourceCheck:
-    data = recipe.data
-    loaded = load(source, data, decode_limit=recipe.images.decode_limit, role=role, decode=True)
+def _check_held(source: str, role: Role, recipe: Recipe, *, for_run: bool, watch: Watch) -> SourceCheck:
+    data, limit = recipe.data, recipe.images.decode_limit
+    loaded = load(source, data, decode_limit=limit, role=role, decode=True, watch=watch)
     rows, others, notes = loaded.rows, list[BadRow](), list(loaded.notes)
     if role == "cold_start":
         given = grade_given(rows)
@@ -161,7 +169,9 @@ def _length_notes(tally: Tally, recipe: Recipe) -> list[str]:
     ]
 
 
-def check_recipe_data(recipe: Recipe) -> tuple[dict[str, SourceCheck], dict[str, str], list[str]]:
+def check_recipe_data(
+    recipe: Recipe, watch: Callable[[str, int], None] = lambda *_: None
+) -> tuple[dict[str, SourceCheck], dict[str, str], list[str]]:
     """Check all sources that a run of the recipe reads, then the overlap of training and test.
 
     Returns what was found in each source by its name, errors of sources that cannot be read, and notes.
@@ -170,7 +180,7 @@ def check_recipe_data(recipe: Recipe) -> tuple[dict[str, SourceCheck], dict[str,
     errors: dict[str, str] = {}
     for name, (source, role) in sources_of(recipe.study, recipe.data, recipe.validation).items():
         try:
-            found = check_source(source, role, recipe, for_run=True)
+            found = check_source(source, role, recipe, for_run=True, watch=partial(watch, name))
             checks[name] = found
         except DataError as error:
             errors[name] = str(error)
