@@ -164,6 +164,46 @@ def test_new_weights_forget_what_the_old_ones_computed(vlm, chat):
     assert [rollout.ids for rollout in group] == [rollout.ids for rollout in plain]
 
 
+def test_weights_that_change_after_a_sample_are_seen(vlm, chat):
+    prompts = talk(chat, 2)
+    sampling = chat.sampling(max_new_tokens=6, temperature=0.0)
+    engine = LocalEngine(vlm, chat, max_rows=8, prefix_bytes=1 << 24)
+    engine.sample(prompts, sampling)
+    with torch.no_grad():
+        for parameter in vlm.model.parameters():
+            parameter.mul_(1.5)
+    assert_alike(
+        answers(engine, prompts, sampling), answers(LocalEngine(vlm, chat, max_rows=8), prompts, sampling)
+    )
+
+
+def test_a_failure_lets_go_of_the_memory(vlm, chat, monkeypatch):
+    prompts = talk(chat, 2)
+    sampling = chat.sampling(max_new_tokens=6, temperature=0.0)
+    engine = LocalEngine(vlm, chat, max_rows=8, prefix_bytes=1 << 24)
+    expected = answers(engine, prompts, sampling)
+    assert engine._prefixes._bytes or not keeps(vlm)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "hidden_states", lambda *_, **__: 1 / 0)
+        engine.submit(prompts[0], sampling, listener=lambda _: None)
+        while any(thread.name == "rlcs-engine" for thread in threading.enumerate()):
+            time.sleep(0.005)
+    assert not engine._prefixes._bytes
+    assert_alike(answers(engine, prompts, sampling), expected)
+
+
+def test_a_long_rest_is_computed_with_the_whole(chat, monkeypatch):
+    first, second = talk(chat, 2)
+    kept = Prefixes(1 << 20)
+    layers = {0: (torch.ones(1, len(first.ids), 2), torch.ones(1, len(first.ids), 2))}
+    kept.keep(first, layers, 0, len(first.ids))
+    rest = len(second.ids) - in_common(first, second)
+    monkeypatch.setattr(prefixes, "MOST_SCORES", rest * len(second.ids))
+    assert kept.find(second)
+    monkeypatch.setattr(prefixes, "MOST_SCORES", rest * len(second.ids) - 1)
+    assert kept.find(second) is None
+
+
 def test_an_image_is_never_cut_and_never_taken_for_another(chat):
     plain = chat.conversation([user(FIRST, "How many?")], name="a")
     ((start, stop),) = plain.spans
@@ -200,6 +240,9 @@ def test_memory_is_bounded_and_what_was_used_last_stays(chat):
     found = [kept.find(prompt) for prompt in prompts]
     whole = [each is not None and each[1] == len(p.ids) - 1 for each, p in zip(found, prompts, strict=True)]
     assert whole == [True, False, True, True], "the one that was not asked for is gone"
+    large = replace(prompts[0], ids=prompts[0].ids + prompts[0].ids[-40:] * 20)
+    kept.keep(large, layers(large), 0, len(large.ids))
+    assert kept.find(prompts[0])[1] == len(prompts[0].ids) - 1, "one that is too large takes no other's place"
     first, second = talk(chat, 2)
     alone = Prefixes(1 << 20)
     alone.keep(first, layers(first), 0, len(first.ids))

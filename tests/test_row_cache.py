@@ -15,6 +15,7 @@ from PIL import Image
 
 from rlcs.data import row_cache, scan
 from rlcs.data.difficulty import stream_of
+from rlcs.data.files import RawRow
 from rlcs.data.loading import load, load_indexed
 from rlcs.data.overlap import OverlapFinder
 from rlcs.data.rows import Row, RowReader
@@ -197,13 +198,87 @@ def lost_image(source, tmp_path):
     (tmp_path / "5.png").unlink()
 
 
-@pytest.mark.parametrize("change", [edited, another_image, lost_image])
+def replaced_image(source, tmp_path):
+    """Another image with the size and the time of before, as `rsync` puts it there."""
+    path, new = tmp_path / "5.png", tmp_path / "new"
+    times = path.stat()
+    new.write_bytes(path.read_bytes()[:-1] + b"\1")
+    os.utime(new, ns=(times.st_atime_ns, times.st_mtime_ns))
+    new.replace(path)
+
+
+@pytest.mark.parametrize("change", [edited, another_image, lost_image, replaced_image])
 def test_a_change_is_seen(source, tmp_path, change):
     before = [row.problem.digest for row in indexed(source).rows]
     change(source, tmp_path)
     after = indexed(source)
     assert [row.problem.digest for row in after.rows] != before
     assert same(after.rows, held(source).rows)
+
+
+@pytest.mark.parametrize("before", [None, b"junk"])
+def test_an_image_that_is_put_right_is_seen(source, tmp_path, before):
+    good = (tmp_path / "5.png").read_bytes()
+    (tmp_path / "5.png").unlink()
+    if before:
+        (tmp_path / "5.png").write_bytes(before)
+    assert [bad.id for bad in indexed(source).bad].count("r5") == 1
+    (tmp_path / "5.png").write_bytes(good)
+    again = indexed(source)
+    assert len(again.rows) == COUNT - 2 and same(again.rows, held(source).rows)
+
+
+def test_images_of_another_folder_are_seen(source, tmp_path):
+    for name in ("v1", "v2"):
+        (tmp_path / name).mkdir()
+        for number in range(COUNT):
+            (tmp_path / name / f"other-{number}.png").write_bytes(png(number + (name == "v2")))
+    table = [{"question": f"{n}?", "answer": "1", "images": [f"other-{n}.png"]} for n in range(COUNT)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in table))
+    root = tmp_path / "root"
+    root.symlink_to(tmp_path / "v1")
+    settings = Data(image_root=str(root))
+    indexed(source, settings=settings)
+    root.unlink()
+    root.symlink_to(tmp_path / "v2")
+    found = indexed(source, settings=settings).rows
+    assert isinstance(found, Stored) and same(found, held(source, settings=settings).rows)
+
+
+def test_an_index_that_is_out_of_date_stays_with_those_that_have_it_open(source, tmp_path):
+    first = indexed(source).rows
+    another_image(source, tmp_path)
+    second = indexed(source).rows
+    embedded = [ref for rows_ in (first, second) for row in rows_ for ref in row.problem.images
+                if "cache" in ref.path]  # fmt: skip
+    assert len(embedded) > 100 and all(Path(ref.path).exists() for ref in embedded)
+    assert same(indexed(source).rows, second)
+
+
+def test_a_saved_data_set_that_is_edited_in_place(tmp_path):
+    import datasets
+
+    def saved(folder, answer):
+        table = [{"question": f"{n}?", "answer": answer} for n in range(60)]
+        datasets.Dataset.from_list(table).save_to_disk(str(folder))
+
+    saved(tmp_path / "data", "1")
+    saved(tmp_path / "other", "2")
+    assert isinstance(indexed(tmp_path / "data").rows, Stored)
+    for file in (tmp_path / "other").glob("*.arrow"):
+        file.replace(tmp_path / "data" / file.name)
+    assert indexed(tmp_path / "data").rows[0].problem.answer == "2"
+
+
+def test_large_rows_count_by_their_bytes(monkeypatch):
+    rows_ = [
+        RawRow(where="", number=n, fields={"image": {"bytes": b"x" * 1000}, "q": ["y"]}) for n in range(30)
+    ]
+    monkeypatch.setattr(scan, "_CHUNK_BYTES", 5000)
+    large, same_rows = scan.is_large(iter(rows_))
+    assert large and list(same_rows) == rows_
+    large, same_rows = scan.is_large(iter(rows_[:9]))
+    assert not large and list(same_rows) == rows_[:9]
 
 
 def test_other_settings_read_anew_and_choices_among_rows_do_not(source, cache):
@@ -327,35 +402,63 @@ def test_rows_are_held_where_the_disk_is_full(source, cache, monkeypatch, caplog
 def test_what_a_killed_process_left_is_not_used_and_removed(source, cache):
     stored = indexed(source)
     finished = next(cache.glob(f"*/{MANIFEST}")).parent
-    left = cache / f".building-{finished.name}-1"
+    left = cache / f".building-{finished.stem}-1"
     left.mkdir()
     (left / "rows.jsonl").write_text("{}")
     (finished / MANIFEST).unlink()  # as it is until the last moment
-    assert same(indexed(source).rows, stored.rows) and (finished / MANIFEST).exists()
-    assert not left.exists()
+    again = indexed(source)
+    assert same(again.rows, stored.rows) and finished.exists(), "one that is open stays"
+    assert next(cache.glob(f"*/{MANIFEST}")).parent.name == f"{finished.stem}.2" and not left.exists()
 
 
-def test_a_damaged_index_is_made_again(source, cache):
+def shorter_column(index):
+    (index / "columns" / "pixels").write_bytes(b"\0" * 9)
+
+
+def half_the_rows(index):
+    content = (index / "rows.jsonl").read_bytes()
+    (index / "rows.jsonl").write_bytes(content[: len(content) // 2])
+
+
+def an_image_less(index):
+    next((index / "images").iterdir()).unlink()
+
+
+def empty_manifest(index):
+    (index / MANIFEST).write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [shorter_column, half_the_rows, an_image_less, empty_manifest])
+def test_a_damaged_index_is_made_again(source, cache, damage):
     stored = [row.problem.digest for row in indexed(source).rows]
-    columns = next(cache.glob("*/columns"))
-    (columns / "pixels").write_bytes(b"\0" * 9)
-    assert [row.problem.digest for row in indexed(source).rows] == stored
+    damage(next(cache.glob("*.1")))
+    again = indexed(source).rows
+    assert isinstance(again, Stored) and [row.problem.digest for row in again] == stored
+    assert all(Path(ref.path).exists() for row in again for ref in row.problem.images)
 
 
 def test_unused_indices_are_removed_when_another_is_written(source, tmp_path, cache):
+    def age(folder, days):
+        old = time.time() - 86400 * days
+        os.utime(folder / MANIFEST, (old, old))
+
     kept = indexed(source)
-    old = time.time() - 86400 * (row_cache.UNUSED_DAYS + 1)
-    opened = next(cache.glob(f"*/{MANIFEST}"))
-    os.utime(opened, (old, old))
-    unused = cache / "unused"
-    unused.mkdir()
-    for folder in (unused, cache / "fresh"):
-        folder.mkdir(exist_ok=True)
-        (folder / MANIFEST).write_text("{}")
-    os.utime(unused / MANIFEST, (old, old))
-    indexed(source, role="test")
-    assert not unused.exists() and (cache / "fresh").exists()
-    assert opened.exists() and kept.rows[0].problem.id == "r0", "one that is open stays"
+    opened = next(cache.glob(f"*/{MANIFEST}")).parent
+    age(opened, row_cache.UNUSED_DAYS + 1)
+    for name, days, place in [("a.1", 31, ""), ("b.1", 29, ""), ("c.1", 2, "same"), ("d.1", 0.5, "same")]:
+        (cache / name).mkdir()
+        (cache / name / "rows.jsonl").write_text("")
+        (cache / name / MANIFEST).write_text(json.dumps({"place": place}))
+        age(cache / name, days)
+    (cache / "broken.1").mkdir()
+    (cache / "broken.1" / "rows.jsonl").write_text("")
+    row_cache._remove_unused(cache, "same")
+    assert sorted(folder.name for folder in cache.glob("*.[0-9]*")) == sorted(["b.1", "d.1", opened.name])
+    assert kept.rows[0].problem.id == "r0", "one that is open stays"
+    del kept
+    gc.collect()
+    row_cache._remove_unused(cache, "same")
+    assert not opened.exists()
 
 
 def test_one_process_reads_and_the_others_wait(source, monkeypatch):

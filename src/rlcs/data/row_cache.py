@@ -10,25 +10,29 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rlcs.data.files import RawRow
-from rlcs.data.row_index import ROWS, EncodedRows, Head, RowIndex, RowIndexWriter
+from rlcs.data.row_index import ROWS, EncodedRows, RowIndex, RowIndexWriter, stamp_of
 from rlcs.data.rows import RowReader
 from rlcs.data.scan import Watch, scan
 from rlcs.data.scanner import ScanTask
 from rlcs.data.sources import Role, Table
 from rlcs.errors import DataError
 from rlcs.recipe.schema import Data
-from rlcs.storage import MANIFEST
+from rlcs.storage import MANIFEST, read_json
 
 UNUSED_DAYS = 30
+_DAY_S = 24 * 3600
+_BUILDING, _LOCK = ".building-", ".lock"
 _LOG = logging.getLogger("rlcs")
 _READ_BY = ("rlcs.data", "rlcs.grading", "rlcs.records")
 """Packages that decide what is read of a row."""
@@ -41,9 +45,9 @@ _CHOOSE = {
 def cache_folder() -> Path:
     """The folder of all indices, which may not be there."""
     if own := os.environ.get("RLCS_CACHE"):
-        return Path(own).expanduser() / "rows"
+        return Path(own).expanduser().absolute() / "rows"
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "rlcs" / "rows"
+    return (Path(cache).absolute() if cache else Path.home() / ".cache") / "rlcs" / "rows"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,76 +71,78 @@ class RowCache:
     def __init__(self, table: Table, settings: Data, *, role: Role, decode_limit: int) -> None:
         """Name the index by the table's files as they are now. Raises OSError."""
         self._task = IndexTask(table=table, settings=settings, role=role, decode_limit=decode_limit)
+        folders = [str(folder.resolve()) for folder in (*table.folders, *table.roots)]
         self._about = [
-            code_sum(*_READ_BY), table.source, table.fingerprint, table.columns, table.folders, table.roots,
+            code_sum(*_READ_BY), _versions(), table.source, table.fingerprint, table.columns, folders,
             settings.model_dump(mode="json", exclude=_CHOOSE), role, decode_limit,
         ]  # fmt: skip
+        self._place = _sum([[str(path.resolve()) for path in table.files], table.source, role])
         self._key = self._key_now()
 
     def _key_now(self) -> str:
-        files = [
-            [str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
-            for path in self._task.table.files
-            for facts in [path.stat()]
-        ]
-        text = json.dumps([self._about, files], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return _sum([self._about, [[path, stamp_of(str(path.resolve()))] for path in self._task.table.files]])
 
     def find(self) -> RowIndex | None:
-        """The index, if there is one and the images are as they were."""
-        folder = cache_folder() / self._key
-        if not folder.is_dir():
-            return None
-        with suppress(OSError, ValueError):
-            index = RowIndex(folder)
-            if index.has_its_images():
-                return index
-        shutil.rmtree(folder, ignore_errors=True)
+        """The newest index, if there is one that is whole and whose images are as they were."""
+        for folder in sorted(cache_folder().glob(f"{self._key}.*"), key=_number, reverse=True):
+            with suppress(OSError, ValueError, DataError):
+                index = RowIndex(folder)
+                if index.has_its_images():
+                    return index
         return None
 
     def write(self, rows: Iterable[RawRow], watch: Watch) -> RowIndex:
         """Read all rows of the table into an index, unless another process did so meanwhile.
 
-        Raises OSError or RunFolderError where it cannot be written, and DataError where the table cannot be
-        used as a whole or has changed meanwhile.
+        One that is out of date stays as long as others have it open. Raises OSError or RunFolderError where
+        the index cannot be written, and DataError where the table cannot be used as a whole or has changed
+        meanwhile.
         """
         root = cache_folder()
         root.mkdir(parents=True, exist_ok=True)
-        with _alone(root / f"{self._key}.lock"):
+        with _alone(root / f"{self._key}{_LOCK}"):
             if index := self.find():
                 return index
-            _remove_unused(root)
-            folder = root / f".building-{self._key}-{os.getpid()}"
+            _remove_unused(root, self._place)
+            earlier = max(map(_number, root.glob(f"{self._key}.*")), default=0)
+            building = root / f"{_BUILDING}{self._key}-{os.getpid()}"
             try:
-                self._write(folder, rows, watch)
-                with suppress(OSError):  # another machine has written it
-                    folder.rename(root / self._key)
-                return RowIndex(root / self._key)
+                self._write(building, rows, watch)
+                finished = building.rename(root / f"{self._key}.{earlier + 1}")
+                return RowIndex(finished)
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(building, ignore_errors=True)
 
     def _write(self, folder: Path, rows: Iterable[RawRow], watch: Watch) -> None:
-        task = replace(self._task, table=replace(self._task.table, rows=rows))
+        source = self._task.table.source
         writer = RowIndexWriter(folder, with_responses=self._task.role == "cold_start")
         try:
-            scanner = scan(task, writer, watch)
+            scanner = scan(replace(self._task, table=replace(self._task.table, rows=rows)), writer, watch)
             if self._key_now() != self._key:
-                raise DataError(
-                    "the data has changed while it was read",
-                    where=self._task.table.source,
-                    fix="start again when nothing writes it any more",
-                )
-        except BaseException:
+                fix = "start again when nothing writes it any more"
+                raise DataError("the data has changed while it was read", where=source, fix=fix)
+            writer.finish(scanner, source=source, place=self._place)
+        finally:
             writer.close()
-            raise
-        head = Head(
-            source=self._task.table.source,
-            rows=len(writer.columns["id"]),
-            bad=tuple(scanner.bad),
-            notes=scanner.notes_of_reading,
-            counts=scanner.counts,
-        )
-        writer.close(head)
+
+
+def _number(folder: Path) -> int:
+    """The number of an index among those with the same key; the lock has none."""
+    return int(folder.suffix[1:]) if folder.suffix[1:].isdecimal() else 0
+
+
+def _sum(facts: object) -> str:
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _versions() -> list[str]:
+    """Versions of the libraries that read rows and images."""
+    found = []
+    for name in ("pillow", "pillow-heif", "pyarrow", "datasets"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return found
 
 
 def code_sum(*packages: str) -> str:
@@ -157,16 +163,35 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _remove_unused(root: Path) -> None:
-    """Remove what no process has open and none used for long, and what killed processes left."""
-    for left in root.glob(".building-*"):
-        with suppress(OSError), (left / ROWS).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-    oldest = time.time() - UNUSED_DAYS * 24 * 3600
-    for manifest in root.glob(f"*/{MANIFEST}"):
-        with suppress(OSError), manifest.open("rb") as file:
-            if manifest.stat().st_mtime < oldest:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(manifest.parent, ignore_errors=True)
-                _LOG.info("removed the unused index of %s", manifest.parent.name)
+def _remove_unused(root: Path, place: str) -> None:
+    """Remove what no process has open and none used for long, and what killed processes left.
+
+    Another index of the same source, used in the same way, is one of earlier rows or of other settings.
+    """
+    now = time.time()
+    for folder in (*root.glob(f"{_BUILDING}*"), *root.glob("*.[0-9]*")):
+        with suppress(OSError, ValueError, DataError):
+            manifest = folder / MANIFEST
+            if not manifest.exists():
+                if (folder / ROWS).exists():
+                    _remove(folder)
+                elif now - folder.stat().st_mtime > _DAY_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
+            days = (now - manifest.stat().st_mtime) / _DAY_S
+            if days > UNUSED_DAYS or (days > 1 and read_json(manifest).get("place") == place):
+                _remove(folder)
+    for lock in root.glob(f"*{_LOCK}"):
+        with suppress(OSError):
+            if now - lock.stat().st_mtime > UNUSED_DAYS * _DAY_S:
+                lock.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove an index, unless a process has it open. Raises OSError then."""
+    with (folder / ROWS).open("rb") as rows:
+        fcntl.flock(rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Under a name that no start takes for a whole index.
+        removing = folder.rename(folder.parent / f"{_BUILDING}{secrets.token_hex(6)}")
+        shutil.rmtree(removing, ignore_errors=True)
+        _LOG.info("removed the unused index %s", folder.name)

@@ -21,7 +21,7 @@ _MIN_BASE64 = 64
 """Characters; a shorter text is a path."""
 _MAX_PATH = 1024
 FEW = 1000
-"""Images that are known where memory may not grow with the rows."""
+"""Files of images that are known where memory may not grow with the rows."""
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 
 
@@ -49,6 +49,8 @@ class RowImages:
         self._store = store
         self._holds_bytes = True
         self._most: int | None = None
+        self.failed = ""
+        """The file of the image that could not be used last, if it is one."""
         self._paths: dict[str, ImageRef] = {}
         self._bytes: dict[str, ImageRef] = {}
 
@@ -57,7 +59,7 @@ class RowImages:
         self._holds_bytes = False
 
     def hold_few(self) -> None:
-        """From now on know only the last FEW images, so that memory does not grow with the rows."""
+        """From now on know the last FEW files, and one embedded image: memory does not grow with the rows."""
         self._most = FEW
 
     def read(self, value: object) -> tuple[ImageRef, ...]:
@@ -82,19 +84,22 @@ class RowImages:
                 ref = self._checked(
                     image_from_bytes(item, limit=self._limit, where=where, measure=self._measure)
                 )
-                self._keep(self._bytes, key, self._stored(ref, item))
+                self._keep(self._bytes, key, self._stored(ref, item), self._most and 1)
             return self._bytes[key]
         if not isinstance(item, str):
             raise ValueError(f"an image must be a path or embedded bytes, not {shown(item)}")
         if item not in self._paths:
             path = item.removeprefix("file://")
-            ref = image_from_path(path, root=self._root(path), limit=self._limit, measure=self._measure)
-            self._keep(self._paths, item, self._checked(ref))
+            root = self._root(path)
+            self.failed = str(root / path)
+            ref = image_from_path(path, root=root, limit=self._limit, measure=self._measure)
+            self._keep(self._paths, item, self._checked(ref), self._most)
+            self.failed = ""
         return self._paths[item]
 
-    def _keep(self, known: dict[str, ImageRef], key: str, ref: ImageRef) -> None:
+    def _keep(self, known: dict[str, ImageRef], key: str, ref: ImageRef, most: int | None) -> None:
         known[key] = ref
-        while self._most is not None and len(known) > self._most:
+        while most is not None and len(known) > most:
             del known[next(iter(known))]
 
     def _stored(self, ref: ImageRef, data: bytes) -> ImageRef:

@@ -20,6 +20,7 @@ from typing import IO, Any, Literal
 
 from rlcs.data.images import image_kind
 from rlcs.data.rows import BadRow, Row
+from rlcs.data.scanner import Scanner
 from rlcs.errors import RunFolderError
 from rlcs.records import ImageRef, Problem, Turn, from_row, to_row
 from rlcs.storage import MANIFEST, atomic_write, read_json, write_json
@@ -28,6 +29,7 @@ ROWS, _FILES, _IMAGES, _COLUMNS, _FACTS = "rows.jsonl", "images.jsonl", "images"
 _BUFFER = 1 << 20
 _DIGEST_BYTES = 4
 
+Stamp = list[int]
 Column = Literal["offset", "id", "digest", "pixels", "answered", "pass_rate"]
 _TYPES: Mapping[Column, str] = {
     "offset": "Q", "id": "Q", "digest": "I", "pixels": "Q", "answered": "B", "pass_rate": "d",
@@ -63,10 +65,17 @@ def pass_rate_of(problem: Problem) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """What an index says of its source: its bad rows, how rows were read, and `RowCounts` of all of them."""
+    """What an index says of its source: its bad rows, how rows were read, and `RowCounts` of all of them.
+
+    `row_bytes` is the size of all rows, `images` the number of embedded ones; indices of one source that is
+    used in the same way have the same `place`.
+    """
 
     source: str
     rows: int
+    row_bytes: int
+    images: int
+    place: str
     bad: tuple[BadRow, ...] = ()
     notes: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
@@ -80,7 +89,7 @@ class EncodedRows:
         self._with_responses = with_responses
         self.lines: list[bytes] = []
         self.columns: dict[Column, array[Any]] = {name: array(code) for name, code in _TYPES.items()}
-        self.files: dict[str, tuple[int, int]] = {}
+        self.files: dict[str, Stamp | None] = {}
         """Files of images, and what they were like."""
         self.images: dict[str, bytes] = {}
         """Embedded images by the names of their files."""
@@ -116,7 +125,7 @@ class EncodedRows:
             name = f"{ref.sha256}.{image_kind(ref.data)}"
             self.images[name] = ref.data
         elif ref.path is not None and ref.path not in self.files:
-            self.files[ref.path] = _stamp(Path(ref.path))
+            self.files[ref.path] = stamp_of(ref.path)
         return [ref.sha256, ref.width, ref.height, name, ref.data is not None]
 
     def merge(self, other: "EncodedRows") -> None:
@@ -163,21 +172,40 @@ class RowIndexWriter(EncodedRows):
             if not path.exists():
                 path.write_bytes(data)
         for name, stamp in self.files.items():
-            if (number := id_hash(name)) not in self._known:
-                self._known.add(number)
-                self._files.write(json.dumps([name, *stamp]) + "\n")
+            self._write_file(name, stamp)
         self.lines, self.images, self.files = [], {}, {}
 
-    def close(self, head: Head | None = None) -> None:
-        """End the index; without a `head` it is left without a manifest."""
+    def _write_file(self, name: str, stamp: Stamp | None) -> None:
+        if (number := id_hash(name)) not in self._known:
+            self._known.add(number)
+            self._files.write(json.dumps([name, stamp]) + "\n")
+
+    def close(self) -> None:
+        """End an index without a manifest, which is none."""
         self._rows.close()
         self._files.close()
-        if head is None:
-            return
+
+    def finish(self, scanner: Scanner[Any], *, source: str, place: str) -> None:
+        """End the index of what a scanner found."""
+        for bad in scanner.bad:
+            if bad.file:
+                self._write_file(bad.file, stamp_of(bad.file))
+        self.close()
         (self._folder / _COLUMNS).mkdir()
         for name, values in self.columns.items():
             with (self._folder / _COLUMNS / name).open("wb") as column:
                 values.tofile(column)
+        head = Head(
+            source=source,
+            rows=len(self.columns["id"]),
+            row_bytes=self._at,
+            images=_number_of_files(self._folder / _IMAGES),
+            place=place,
+            bad=tuple(scanner.bad),
+            notes=scanner.notes_of_reading,
+            counts=scanner.counts,
+        )
+        os.sync()  # the manifest must not survive a power cut that its rows do not
         write_json(self._folder / MANIFEST, to_row(head))
 
 
@@ -188,17 +216,16 @@ class RowIndex:
         """Open a finished index, which is not removed as long as it is open. Raises OSError, ValueError."""
         self.key = folder.name
         self._folder = folder
-        manifest = folder / MANIFEST
-        self._held = manifest.open("rb")
-        _hold(self._held)
-        with suppress(OSError):  # the cache of another user
-            os.utime(manifest)
-        self.head = from_row(Head, read_json(manifest))
         self._rows = (folder / ROWS).open("rb", buffering=0)
+        _hold(self._rows)
+        self.head = from_row(Head, read_json(folder / MANIFEST))
+        with suppress(OSError):  # the cache of another user
+            os.utime(folder / MANIFEST)
         self._columns = {name: self._column(name) for name in _TYPES}
-        if any(len(values) != self.head.rows for values in self._columns.values()):
-            raise ValueError(f"a column has not {self.head.rows} values")
         self._end = os.fstat(self._rows.fileno()).st_size
+        sizes = [*map(len, self._columns.values()), self._end, _number_of_files(folder / _IMAGES)]
+        if sizes != [self.head.rows] * len(self._columns) + [self.head.row_bytes, self.head.images]:
+            raise ValueError("a part of the index is missing")
 
     def _column(self, name: Column) -> "array[Any]":
         values = array(_TYPES[name])
@@ -238,16 +265,9 @@ class RowIndex:
         return ImageRef(sha256=sha256, width=width, height=height, path=path)
 
     def has_its_images(self) -> bool:
-        """Whether all files of images are as they were when the index was written."""
+        """Whether all files of images are as they were when the index was written, or are missing as then."""
         with (self._folder / _FILES).open(encoding="utf-8") as lines:
-            for line in lines:
-                path, *stamp = json.loads(line)
-                try:
-                    if _stamp(Path(path)) != tuple(stamp):
-                        return False
-                except OSError:
-                    return False
-        return True
+            return all(stamp_of(path) == stamp for path, stamp in map(json.loads, lines))
 
     def remember(self, name: str, about: object, find_out: Callable[[], Any]) -> Any:
         """A fact about the rows as JSON, found out once: `about` is all else that it depends on."""
@@ -262,12 +282,20 @@ class RowIndex:
 
 
 def _hold(file: IO[bytes]) -> None:
-    """Show other processes, as long as the file is open, that its index is in use."""
+    """Show other processes, as long as this file of rows is open, that its index is in use."""
     with suppress(OSError):  # a file system without locks
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of a file. Raises OSError."""
-    facts = path.stat()
-    return facts.st_size, facts.st_mtime_ns
+def stamp_of(path: str) -> Stamp | None:
+    """Size, times and number of a file, of which one differs once it is another; None if it is not there."""
+    try:
+        facts = Path(path).stat()
+    except (OSError, ValueError):
+        return None
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+
+
+def _number_of_files(folder: Path) -> int:
+    with os.scandir(folder) as entries:
+        return sum(1 for _ in entries)

@@ -5,7 +5,7 @@ No content of a row raises an error: a faulty row becomes a `BadRow`, which name
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,15 @@ _NOT_CONVERTED = Converted(values={})
 class BadRow:
     """A row that cannot be used; `where` is `FILE:line`, or `SOURCE#row` counted from 0.
 
-    `subject` is the part of the reason that names the thing at fault, such as an image's path.
+    `subject` is the part of the reason that names the thing at fault, such as an image's path. `file` is the
+    image that could not be used, where that is a file: once it is put right, the row can be.
     """
 
     where: str
     reason: str
     id: str = ""
     subject: str = ""
+    file: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
         """One line for messages."""
@@ -147,6 +149,7 @@ class RowReader:
     def read(self, raw: RawRow) -> Row | BadRow:
         """Convert a row, or return why it cannot be used."""
         name, reason, subject = "", raw.reason, ""
+        self.images.failed = ""
         try:
             if not reason:
                 row = _Cells(raw.fields, self._columns, self._plans)
@@ -163,7 +166,7 @@ class RowReader:
         )
         if len(reason) > _MAX_REASON:
             reason = f"{reason[:_MAX_REASON]}..."
-        return BadRow(where=raw.where, reason=reason, id=name, subject=subject)
+        return BadRow(where=raw.where, reason=reason, id=name, subject=subject, file=self.images.failed)
 
     def _id(self, raw: RawRow, row: "_Cells") -> str:
         """The row's id, by default its number. Raises ValueError if it is empty, odd or a duplicate."""

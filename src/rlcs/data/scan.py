@@ -3,8 +3,8 @@
 The result is that of one process: a part of the rows that depends on the rows before it is read once more.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import TypeVar
 
 from rlcs.cores import usable_cores
@@ -70,9 +70,22 @@ def is_large(rows: Iterable[RawRow]) -> tuple[bool, Iterable[RawRow]]:
     if isinstance(rows, JsonLines):
         chunks = zip(range(_MIN_CHUNKS), _chunks(rows.lines()), strict=False)
         return sum(1 for _ in chunks) == _MIN_CHUNKS, rows
-    others = iter(rows)
-    first = list(islice(others, LARGE))
-    return len(first) == LARGE, chain(_taken(first), others)
+    others, first, size = iter(rows), list[RawRow](), 0
+    for row in others:
+        first.append(row)
+        size += _num_bytes(row.fields)
+        if len(first) >= LARGE or size >= _MIN_CHUNKS * _CHUNK_BYTES:
+            return True, chain(_taken(first), others)
+    return False, first
+
+
+def _num_bytes(value: object) -> int:
+    """About how much memory the texts and images of a row take."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_num_bytes, value.values()))
+    return sum(map(_num_bytes, value)) if isinstance(value, list) else 0
 
 
 def _taken(items: list[T]) -> Iterator[T]:

@@ -96,6 +96,7 @@ def open_table(source: str, settings: Data, role: Role) -> Table:
         columns=columns,
         folders=tuple(folders),
         roots=roots,
+        files=tuple(Path(each["filename"]) for each in data.cache_files),
         fingerprint=str(getattr(data, "_fingerprint", "")),
     )
 

@@ -148,6 +148,11 @@ class ForestCache:
         self.rows.append(other.rows)
         self.recurrence = self.recurrence.append(other.recurrence)
 
+    def reserve(self, more: int, tokens: int) -> None:
+        """Make space for so many more trunks of so many tokens and their rows, to be appended one by one."""
+        self.trunks.reserve(self.trunks.count + more, tokens)
+        self.rows.reserve(self.rows.count + more, self.rows.tokens)
+
     def arrange(self, chosen: Sequence[int], tokens: int, *, most: int) -> None:
         """Let row i go on after what row `chosen[i]` has, of which `tokens` tokens are needed.
 

@@ -79,7 +79,10 @@ class DecodingBatch:
         self.requests += requests
         fresh, others = self._prefixes.split(requests)
         self._prefill_whole(fresh)
-        for request in others:
+        longest = max((len(request.prompt.ids) for request in others), default=0)
+        for left, request in zip(range(len(others), 0, -1), others, strict=True):
+            if self._cache is not None:
+                self._cache.reserve(left, longest)
             if found := self._prefixes.find(request.prompt):
                 self._prefill_rest(request, *found)
             else:

@@ -129,13 +129,16 @@ class LocalEngine:
         unfinished = list(requests)
         with self._ready():
             self._unpack()
-            with out_of_memory_in("", fix=self._needs(requests)), packed(self._vlm.model):
-                # Prefilling a few prompts at a time would cost more than leaving rows free for a while.
-                for ended in self._decode(list(requests), refill=self._max_rows // 4):
-                    if ended and on_group is not None:
-                        for request in [request for request in unfinished if request.finished]:
-                            unfinished.remove(request)
-                            on_group(self._group(request))
+            try:
+                with out_of_memory_in("", fix=self._needs(requests)), packed(self._vlm.model):
+                    # Prefilling a few prompts at a time would cost more than leaving rows free for a while.
+                    for ended in self._decode(list(requests), refill=self._max_rows // 4):
+                        if ended and on_group is not None:
+                            for request in [request for request in unfinished if request.finished]:
+                                unfinished.remove(request)
+                                on_group(self._group(request))
+            finally:
+                self._prefixes.clear()  # the weights may change now
             head: torch.Tensor = self._vlm.model.get_output_embeddings().weight
             return head.dtype
 
@@ -205,6 +208,7 @@ class LocalEngine:
             with self._submitting:
                 failed, self._waiting = self._waiting, []
         log.exception("the engine failed on %d requests", len(failed))
+        self._prefixes.clear()  # memory may have run out
         for request in failed:
             if request.listener is not None:
                 request.listener(error)

@@ -24,6 +24,9 @@ LEAST_TOKENS = 128
 """Shorter beginnings are computed anew, with other prompts at once."""
 LEAST_SHARE = 0.5
 """So are shorter shares of a prompt."""
+MOST_SCORES = 1 << 24
+"""Pairs of a token of the rest and a token that it may see; attention to the rest takes memory for all."""
+_RUN = 256
 
 Key = tuple[tuple[int, ...], tuple[str, ...]]
 
@@ -39,11 +42,6 @@ class Prefix:
     def key(self) -> Key:
         """What tells it from others: its tokens and its images."""
         return self.prompt.ids, tuple(ref.sha256 for ref in self.prompt.images)
-
-    @property
-    def num_bytes(self) -> int:
-        """The memory that it takes."""
-        return sum(x.numel() * x.element_size() for pair in self.layers.values() for x in pair)
 
 
 class Prefixes:
@@ -89,20 +87,22 @@ class Prefixes:
         """
         if not self._most or len(prompt.ids) < LEAST_TOKENS:
             return
-        own = {
-            layer: (k[:, start:stop].clone(), v[:, start:stop].clone()) for layer, (k, v) in layers.items()
-        }
-        new = Prefix(prompt, own)
+        parts = {layer: (key[:, start:stop], value[:, start:stop]) for layer, (key, value) in layers.items()}
+        size = _num_bytes(parts)
+        if size > self._most:
+            return
+        new = Prefix(prompt, parts)
         for key, old in list(self._kept.items()):
             if key == new.key or in_common(old.prompt, prompt) == len(old.prompt.ids):
                 self._remove(key)
-        self._kept[new.key] = new
-        self._bytes += new.num_bytes
-        while self._bytes > self._most:
+        while self._bytes + size > self._most:
             self._remove(next(iter(self._kept)))
+        copies = {layer: (key.clone(), value.clone()) for layer, (key, value) in parts.items()}
+        self._kept[new.key] = Prefix(prompt, copies)
+        self._bytes += size
 
     def _remove(self, key: Key) -> None:
-        self._bytes -= self._kept.pop(key).num_bytes
+        self._bytes -= _num_bytes(self._kept.pop(key).layers)
 
 
 def in_common(kept: Prompt, prompt: Prompt) -> int:
@@ -110,11 +110,7 @@ def in_common(kept: Prompt, prompt: Prompt) -> int:
 
     No image is cut: some families let all of its tokens see each other.
     """
-    most = min(len(kept.ids), len(prompt.ids) - 1)
-    if kept.ids[:most] == prompt.ids[:most]:
-        common = most
-    else:
-        common = next(place for place in range(most) if kept.ids[place] != prompt.ids[place])
+    common = _first_difference(kept.ids, prompt.ids, min(len(kept.ids), len(prompt.ids) - 1))
     images = zip(kept.spans, kept.grids, kept.images, strict=True)
     others = zip(prompt.spans, prompt.grids, prompt.images, strict=True)
     for (span, grid, ref), (other_span, other_grid, other_ref) in zip(images, others, strict=False):
@@ -125,8 +121,23 @@ def in_common(kept: Prompt, prompt: Prompt) -> int:
     return min([common, *(start for start, stop in prompt.spans if start < common < stop)])
 
 
+def _first_difference(a: tuple[int, ...], b: tuple[int, ...], most: int) -> int:
+    """The place of the first of `most` tokens that differ, or `most`; of equal runs no token is looked at."""
+    for start in range(0, most, _RUN):
+        stop = min(start + _RUN, most)
+        if a[start:stop] != b[start:stop]:
+            return next(place for place in range(start, stop) if a[place] != b[place])
+    return most
+
+
 def _is_much(tokens: int, prompt: Prompt) -> bool:
-    return tokens >= max(LEAST_TOKENS, LEAST_SHARE * len(prompt.ids))
+    """Whether so many known tokens of a prompt are worth it, and its rest does not see too much at once."""
+    length = len(prompt.ids)
+    return tokens >= max(LEAST_TOKENS, LEAST_SHARE * length) and (length - tokens) * length <= MOST_SCORES
+
+
+def _num_bytes(layers: Mapping[int, KeyValue]) -> int:
+    return sum(x.numel() * x.element_size() for pair in layers.values() for x in pair)
 
 
 def rest_of(prompt: Prompt, tokens: int) -> Prompt:
@@ -175,9 +186,9 @@ class ContinuingPlan:
             self.layers[layer] = keys, values
         key, value = (x[None] for x in self.layers[source])
         mask = self._mask(scope.within(self._layout))
-        return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
-        )
+        groups = query.shape[1] // key.shape[1]  # kernels with a mask that save memory take no groups
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
     def trunks(self) -> Slots:
         """Keys and values (1, K, L, D) of the prompt."""
