@@ -49,6 +49,7 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setattr(scan, "_CHUNK_ROWS", 20)
     monkeypatch.setattr(scan, "_MIN_CHUNKS", 2)
     monkeypatch.setattr(scan, "LARGE", 40)
+    monkeypatch.setattr(scan, "usable_cores", lambda: 1)  # to start processes takes seconds
     return tmp_path / "cache" / "rows"
 
 
@@ -424,11 +425,17 @@ def an_image_less(index):
     next((index / "images").iterdir()).unlink()
 
 
+def an_empty_image(index):
+    next((index / "images").iterdir()).write_bytes(b"")
+
+
 def empty_manifest(index):
     (index / MANIFEST).write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [shorter_column, half_the_rows, an_image_less, empty_manifest])
+@pytest.mark.parametrize(
+    "damage", [shorter_column, half_the_rows, an_image_less, an_empty_image, empty_manifest]
+)
 def test_a_damaged_index_is_made_again(source, cache, damage):
     stored = [row.problem.digest for row in indexed(source).rows]
     damage(next(cache.glob("*.1")))

@@ -23,7 +23,7 @@ from rlcs.data.rows import BadRow, Row
 from rlcs.data.scanner import Scanner
 from rlcs.errors import RunFolderError
 from rlcs.records import ImageRef, Problem, Turn, from_row, to_row
-from rlcs.storage import MANIFEST, atomic_write, read_json, write_json
+from rlcs.storage import MANIFEST, atomic_write, fsync, read_json, write_json
 
 ROWS, _FILES, _IMAGES, _COLUMNS, _FACTS = "rows.jsonl", "images.jsonl", "images", "columns", "facts"
 _BUFFER = 1 << 20
@@ -67,14 +67,15 @@ def pass_rate_of(problem: Problem) -> float:
 class Head:
     """What an index says of its source: its bad rows, how rows were read, and `RowCounts` of all of them.
 
-    `row_bytes` is the size of all rows, `images` the number of embedded ones; indices of one source that is
-    used in the same way have the same `place`.
+    `row_bytes` is the size of all rows, `images` and `image_bytes` are the number and size of embedded ones;
+    indices of one source that is used in the same way have the same `place`.
     """
 
     source: str
     rows: int
     row_bytes: int
     images: int
+    image_bytes: int
     place: str
     bad: tuple[BadRow, ...] = ()
     notes: tuple[str, ...] = ()
@@ -195,17 +196,20 @@ class RowIndexWriter(EncodedRows):
         for name, values in self.columns.items():
             with (self._folder / _COLUMNS / name).open("wb") as column:
                 values.tofile(column)
+        images, image_bytes = _size_of(self._folder / _IMAGES)
         head = Head(
             source=source,
             rows=len(self.columns["id"]),
             row_bytes=self._at,
-            images=_number_of_files(self._folder / _IMAGES),
+            images=images,
+            image_bytes=image_bytes,
             place=place,
             bad=tuple(scanner.bad),
             notes=scanner.notes_of_reading,
             counts=scanner.counts,
         )
-        os.sync()  # the manifest must not survive a power cut that its rows do not
+        for path in (self._folder / ROWS, *(self._folder / _COLUMNS).iterdir()):
+            fsync(path)  # the manifest must not survive a power cut that its rows do not
         write_json(self._folder / MANIFEST, to_row(head))
 
 
@@ -223,8 +227,10 @@ class RowIndex:
             os.utime(folder / MANIFEST)
         self._columns = {name: self._column(name) for name in _TYPES}
         self._end = os.fstat(self._rows.fileno()).st_size
-        sizes = [*map(len, self._columns.values()), self._end, _number_of_files(folder / _IMAGES)]
-        if sizes != [self.head.rows] * len(self._columns) + [self.head.row_bytes, self.head.images]:
+        head = self.head
+        sizes = (self._end, *_size_of(folder / _IMAGES))
+        lengths = {len(values) for values in self._columns.values()}
+        if lengths != {head.rows} or sizes != (head.row_bytes, head.images, head.image_bytes):
             raise ValueError("a part of the index is missing")
 
     def _column(self, name: Column) -> "array[Any]":
@@ -296,6 +302,8 @@ def stamp_of(path: str) -> Stamp | None:
     return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
 
 
-def _number_of_files(folder: Path) -> int:
+def _size_of(folder: Path) -> tuple[int, int]:
+    """The number of files in a folder, and their bytes: after a power cut a file may be empty."""
     with os.scandir(folder) as entries:
-        return sum(1 for _ in entries)
+        sizes = [entry.stat().st_size for entry in entries]
+    return len(sizes), sum(sizes)
