@@ -170,15 +170,17 @@ def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, fr
     assert planned == pytest.approx(measured, rel=WITHIN)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+# bfloat16 is ten times slower on a CPU without instructions for it: once is enough.
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing"), [("float32", False), ("float32", True), ("bfloat16", False)]
+)
 def test_planned_peaks_of_adapters_are_measured_ones(folders, dtype, checkpointing):
     settings = Model(name=str(folders["30M, deep"]), gradient_checkpointing=checkpointing, dtype=dtype)
     vlm = loading.prepare(loading.load(settings), Lora(rank=4, alpha=8), (), seed=1)
     batch = batch_of(loading.make_chat(vlm), branches=4)
     trainer = Trainer(vlm, Optimizer(), steps=9, max_bad_steps=1)
     objective = make_objective(Grpo())
-    trainer.step([batch], objective, average="token")
+    trainer.step([batch_of(loading.make_chat(vlm), branches=1)], objective, average="token")
     trainer.optimizer.zero_grad(set_to_none=True)
     measured = measured_peak(lambda: trainer.step([batch], objective, average="token"))
     sizes = measure("30M, deep", AutoConfig.from_pretrained(folders["30M, deep"]))
