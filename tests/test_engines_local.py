@@ -234,14 +234,19 @@ def test_every_sample_packs_the_weights_of_now(vlm, chat, prompts):
     assert not any("forward" in vars(module) for module in vlm.model.modules())
 
 
-def submitted(engine, prompt, sampling):
-    """The ids of every answer, when the last has ended and the engine's thread with it."""
-    ids = [[] for _ in range(sampling.n)]
-    request = engine.submit(prompt, sampling, listener=lambda token: ids[token.index].append(token.id))
+def wait_for_engines():
+    """Wait until the thread of each engine has ended."""
     end = time.monotonic() + 60
     while any(thread.name == "rlcs-engine" for thread in threading.enumerate()):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def submitted(engine, prompt, sampling):
+    """The ids of every answer, when the last has ended and the engine's thread with it."""
+    ids = [[] for _ in range(sampling.n)]
+    request = engine.submit(prompt, sampling, listener=lambda token: ids[token.index].append(token.id))
+    wait_for_engines()
     assert [row.ids for row in request.rows] == ids and all(row.stop for row in request.rows)
     return ids
 

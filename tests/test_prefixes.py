@@ -1,7 +1,5 @@
 """Prompts that begin alike are computed once: the next turn, another question about the same image."""
 
-import threading
-import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,6 +16,7 @@ from rlcs.engines.local import LocalEngine
 from rlcs.engines.prefixes import Prefixes, in_common, rest_of
 from rlcs.records import Message
 from rlcs.serving.session import Settings
+from test_engines_local import wait_for_engines
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +76,7 @@ def answers(engine, prompts, sampling):
     found = []
     for prompt in prompts:
         request = engine.submit(prompt, sampling, listener=lambda _: None)
-        while any(thread.name == "rlcs-engine" for thread in threading.enumerate()):
-            time.sleep(0.005)
+        wait_for_engines()
         found.append([(row.ids, row.logprobs) for row in request.rows])
     return found
 
@@ -186,8 +184,7 @@ def test_a_failure_lets_go_of_the_memory(vlm, chat, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "hidden_states", lambda *_, **__: 1 / 0)
         engine.submit(prompts[0], sampling, listener=lambda _: None)
-        while any(thread.name == "rlcs-engine" for thread in threading.enumerate()):
-            time.sleep(0.005)
+        wait_for_engines()
     assert not engine._prefixes._bytes
     assert_alike(answers(engine, prompts, sampling), expected)
 
@@ -247,7 +244,7 @@ def test_memory_is_bounded_and_what_was_used_last_stays(chat):
     alone = Prefixes(1 << 20)
     alone.keep(first, layers(first), 0, len(first.ids))
     alone.keep(second, layers(second), 0, len(second.ids))
-    assert len(alone._kept) <= 2
+    assert [each.prompt for each in alone._kept.values()] == [second]
     longer = chat.conversation([user("x " * 9)], name="x")
     prompt = replace(longer, ids=longer.ids + longer.ids)
     alone.clear()

@@ -1,4 +1,4 @@
-"""Files with 1,000 to 1,000,000 rows: `rlcs data check`, and what a run does before it loads its model.
+"""Files with 1,000 to 1,000,000 rows: `rlcs data check`, and the start of a run.
 
 Seconds, and the most memory of all processes. A run starts twice, as `rlcs grpo --dry-run` does, which also
 tries all stages: the second start finds the rows on disk. There is no peer: no other trainer looks at gold

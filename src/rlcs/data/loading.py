@@ -62,6 +62,8 @@ def load(
 ) -> Loaded:
     """Read a source; image headers are checked, and with `decode` every image is decoded in full.
 
+    `watch` is told how far the reading is.
+
     Images that are embedded in rows are held in memory, or written into the folder `store`.
 
     `source` is a JSONL, JSON, CSV, TSV or Parquet file, a folder of such files, a folder or hub id of a

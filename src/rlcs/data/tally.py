@@ -17,23 +17,6 @@ _PIXELS_A_TOKEN = 28 * 28
 _BYTES_A_TOKEN = 4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckTask(ScanTask["RowCheck"]):
-    """To check all rows; every image is decoded."""
-
-    prompt_limit: "PromptLimit"
-
-    def reader(self) -> RowReader:
-        """See `ScanTask`."""
-        reader = RowReader(self.table, self.settings, role=self.role, limit=self.decode_limit, decode=True)
-        reader.images.hold_no_bytes()
-        return reader
-
-    def sink(self) -> "RowCheck":
-        """See `ScanTask`."""
-        return RowCheck(self.prompt_limit, golds=self.settings.answers == "unwrapped")
-
-
 @dataclass(kw_only=True, slots=True)
 class Kind:
     """How many gold answers are read as one kind, and the first of them: its place, row id and text."""
@@ -179,3 +162,20 @@ class RowCheck:
                     self.tally.add(place, row)
             self._doubtful = []
         return [bad for _, bad in sorted(self._refused, key=lambda each: each[0])]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckTask(ScanTask[RowCheck]):
+    """To check all rows; every image is decoded."""
+
+    prompt_limit: PromptLimit
+
+    def reader(self) -> RowReader:
+        """See `ScanTask`."""
+        reader = RowReader(self.table, self.settings, role=self.role, limit=self.decode_limit, decode=True)
+        reader.images.hold_no_bytes()
+        return reader
+
+    def sink(self) -> RowCheck:
+        """See `ScanTask`."""
+        return RowCheck(self.prompt_limit, golds=self.settings.answers == "unwrapped")

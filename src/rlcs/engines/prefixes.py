@@ -122,7 +122,7 @@ def in_common(kept: Prompt, prompt: Prompt) -> int:
 
 
 def _first_difference(a: tuple[int, ...], b: tuple[int, ...], most: int) -> int:
-    """The place of the first of `most` tokens that differ, or `most`; of equal runs no token is looked at."""
+    """The place of the first of `most` tokens that differ, or `most`; tokens are compared many at once."""
     for start in range(0, most, _RUN):
         stop = min(start + _RUN, most)
         if a[start:stop] != b[start:stop]:
