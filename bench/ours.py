@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
@@ -13,11 +14,13 @@ from transformers.utils.logging import disable_progress_bar
 from bench.meter import Meter
 from bench.shapes import SEED, Case, grpo_settings, rewards
 from rlcs.data.stream import ProblemStream
+from rlcs.distributed import ALONE, World, join_world
 from rlcs.engines import decoding
 from rlcs.engines.local import LocalEngine
 from rlcs.engines.sampling import choose, uniform
 from rlcs.model import loading
 from rlcs.model.vlm import Vlm
+from rlcs.recipe.execution import Parallel
 from rlcs.recipe.schema import Model
 from rlcs.records import Grade, Problem, rollout_seed
 from rlcs.train import grpo
@@ -27,6 +30,8 @@ from rlcs.train.context import GrpoContext
 from rlcs.train.learning import Learner
 from rlcs.train.trainer import Trainer
 
+WAIT_S = 600.0
+"""The longest that a rank waits for another."""
 PHASE_NAMES = {"rollout": "rollout", "reference": "logprobs", "update": "update", "grade": "step"}
 """Our phases by the names of the table."""
 
@@ -91,31 +96,44 @@ class ForcedLengths:
         return ids.masked_fill(self._ending, self._end), torch.where(self._ending, end, logprobs)
 
 
-def load(case: Case) -> tuple[Vlm, GrpoContext]:
+def load(case: Case, world: World = ALONE) -> tuple[Vlm, GrpoContext]:
     """The policy and what a step works with."""
-    vlm = loading.load(Model(name=case.folder), device=loading.default_device())
+    device = None if world.grouped else loading.default_device()
+    vlm = loading.load(Model(name=case.folder), device=device, world=world)
+    vlm, reference = grpo.with_reference(vlm, partial(loading.spread, settings=Parallel()))
     chat = loading.make_chat(vlm)
     engine = LocalEngine(vlm, chat, max_rows=grpo_settings(case).max_rows)
-    reference = grpo.frozen_copy(vlm)
     return vlm, GrpoContext(vlm=vlm, reference=reference, chat=chat, engine=engine, grader=FixedRewards())
 
 
-def main(pipe: Connection, case: Case) -> None:
+def main(pipe: Connection | None, case: Case) -> None:
     """Run a step for every word that comes through the pipe, and answer with what was measured."""
-    torch.set_num_threads(case.threads)
     disable_progress_bar()
+    with join_world(timeout_s=WAIT_S) as world:
+        torch.set_num_threads(case.threads // world.size)
+        _steps(pipe, case, world)
+
+
+def _steps(pipe: Connection | None, case: Case, world: World) -> None:
+    """The steps of one rank; the first one has the pipe."""
     settings = grpo_settings(case)
-    vlm, context = load(case)
+    vlm, context = load(case, world)
     trainer = Trainer(vlm, settings.optimizer, steps=case.steps, max_bad_steps=1)
     stream = InOrder(case.problems, seed=SEED)
     sampling = context.chat.sampling(
         n=settings.group_size, temperature=1.0, max_new_tokens=settings.max_new_tokens, seed=SEED
     )
     collector = Collector(context, stream, settings, sampling)
-    pipe.send("ready")
+
+    def asked() -> bool:
+        assert pipe is not None, "only the first rank is asked"
+        return bool(pipe.recv())
+
+    if pipe is not None:
+        pipe.send("ready")
     with ForcedLengths(case, context.chat.end_id).installed():
         for step in range(case.steps):
-            memory = bool(pipe.recv())
+            memory = world.first(asked)
             with Meter(memory=memory, cpu_time=case.cpu_time) as meter:
                 clock = MeterClock(meter)
                 learner = Learner(trainer, context, settings, clock)
@@ -124,7 +142,10 @@ def main(pipe: Connection, case: Case) -> None:
                 learner.finish()
             got = {g.problem.id: tuple(len(r.ids) for r in g.rollouts) for g in found.chosen}
             assert got == {p.id: case.lengths[p.id] for p in case.step_problems(step)}, "lengths are forced"
-            pipe.send(meter.measured)
+            meter.measured.peaks = {name: int(size) for name, size in world.sum(meter.measured.peaks).items()}
+            meter.measured.busy = sum(world.gather(meter.measured.busy))
+            if pipe is not None:
+                pipe.send(meter.measured)
 
 
 class InOrder(ProblemStream[Problem]):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3_5ForConditionalGeneration
 
@@ -127,6 +128,11 @@ class Case:
     def threads(self) -> int:
         """Threads of each side."""
         return 1 if self.cpu_time else THREADS
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share our side on CPUs, as `pipeline.processes` would have it: by whole prompts."""
+        return 1 if torch.cuda.is_available() else min(self.threads, self.shape.prompts)
 
     def step_problems(self, step: int) -> tuple[Problem, ...]:
         """The problems of one step (step 0 warms up)."""

@@ -1,13 +1,16 @@
-"""The two sides of a GRPO step, each in a process of its own; their steps take turns."""
+"""The two sides of a GRPO step, each in processes of its own; their steps take turns."""
 
 import importlib
 import multiprocessing
+import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from bench.meter import Measured
 from bench.shapes import Case
+from rlcs.cores import find_cores
+from rlcs.pipeline.processes import environment
 
 WAIT_S = 600.0
 """A step that takes longer than this is a fault."""
@@ -15,7 +18,12 @@ WAIT_S = 600.0
 
 def steps_in_turns(case: Case, names: Sequence[str], *, memory: bool) -> dict[str, list[Measured]]:
     """What each of the sides ("peer", "ours") measured in every step of a case but the first: a warm-up."""
-    sides = {name: start(importlib.import_module(f"bench.{name}").main, case) for name in names}
+    sides = {
+        name: start(
+            importlib.import_module(f"bench.{name}").main, case, ranks=case.ranks if name == "ours" else 1
+        )
+        for name in names
+    }
     for _, pipe in sides.values():
         assert answer(pipe) == "ready", "a side says ready first"
     measured: dict[str, list[Measured]] = {name: [] for name in names}
@@ -24,27 +32,39 @@ def steps_in_turns(case: Case, names: Sequence[str], *, memory: bool) -> dict[st
             # Memory costs time (freed memory goes back first), so it is taken in the last step alone.
             pipe.send(memory and step == case.steps - 1)
             measured[name].append(answer(pipe))
-    for process, _ in sides.values():
-        process.join(WAIT_S)
+    for processes, _ in sides.values():
+        for process in processes:
+            process.join(WAIT_S)
     return {name: steps[1:] for name, steps in measured.items()}
 
 
 def ask_once(target: Any, case: Case) -> dict[str, float]:
     """What a process of its own says once."""
-    process, here = start(target, case)
+    [process], here = start(target, case)
     result: dict[str, float] = answer(here)
     process.join(WAIT_S)
     return result
 
 
-def start(target: Any, case: Case) -> tuple[Any, Connection]:
-    """A fresh process with a pipe to it; it loads, says ready and waits."""
+def start(target: Any, work: Any, *, ranks: int = 1) -> tuple[list[Any], Connection]:
+    """Fresh processes that share a work, with a pipe to the first one; it loads, says ready and waits."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=target, args=(there, case), daemon=True)
-    process.start()
+    variables = environment(ranks, find_cores(), os.environ) if ranks > 1 else {}
+    processes = []
+    for rank in range(ranks):
+        own = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} if variables else {}
+        pipe = there if rank == 0 else None
+        processes.append(context.Process(target=run_rank, args=(target, pipe, work, own), daemon=True))
+        processes[-1].start()
     there.close()
-    return process, here
+    return processes, here
+
+
+def run_rank(target: Any, pipe: Connection | None, work: Any, variables: dict[str, str]) -> None:
+    """One of the processes of a side; only the first one has the pipe."""
+    os.environ.update(variables)
+    target(pipe, work)
 
 
 def answer(pipe: Connection) -> Any:

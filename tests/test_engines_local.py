@@ -16,7 +16,7 @@ from rlcs.engines import decoding
 from rlcs.engines.branches import DecodeRequest
 from rlcs.engines.cache import ForestCache, RecordingPlan
 from rlcs.engines.local import LocalEngine
-from rlcs.engines.onednn_linear import packed
+from rlcs.engines.onednn_linear import MOST_ROWS, packed
 from rlcs.engines.sampling import choose, uniform
 from rlcs.errors import OutOfMemory
 from rlcs.model.layout import layout_of
@@ -198,28 +198,34 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert set(ids[:, 0].tolist()) == {1, 3}
 
 
-@pytest.mark.parametrize("shape", [(5, 48), (1, 5, 48), (0, 48)])
+@pytest.mark.parametrize("shape", [(5, 512), (1, 32, 512), (33, 512), (1, 40, 512), (0, 512)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_layers_compute_what_plain_ones_do(shape, bias):
-    layer, rows = torch.nn.Linear(48, 33, bias=bias), torch.randn(*shape)
+    layer, rows = torch.nn.Linear(512, 515, bias=bias), torch.randn(*shape)
     with torch.no_grad():
         plain = layer(rows)
         with packed(layer):
-            assert isinstance(layer.forward, partial)
-            torch.testing.assert_close(layer(rows), plain, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(layer(rows), plain, rtol=1e-5, atol=1e-5)
+            layer.weight.zero_()  # the copy does not see it, with which few rows are computed
+            if rows.numel():
+                by_copy = torch.allclose(layer(rows), plain, rtol=1e-5, atol=1e-5)
+                assert by_copy == (rows.numel() <= MOST_ROWS * 512)
     assert "forward" not in vars(layer)
 
 
 def test_layers_that_cannot_be_packed_stay_plain(monkeypatch):
-    layers = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8, dtype=torch.bfloat16)])
+    kinds = ({}, {"dtype": torch.bfloat16}, {"out_features": 511})
+    layers = torch.nn.ModuleList(
+        torch.nn.Linear(**{"in_features": 512, "out_features": 512, **kind}) for kind in kinds
+    )
     with packed(layers):
-        assert [isinstance(layer.forward, partial) for layer in layers] == [True, False]
+        assert [isinstance(layer.forward, partial) for layer in layers] == [True, False, False]
     monkeypatch.setattr("rlcs.engines.onednn_linear.MEMORY_SHARE", 0)
     with packed(layers):
         assert not any(isinstance(layer.forward, partial) for layer in layers)
 
 
-def test_every_sample_packs_the_weights_of_now(vlm, chat, prompts):
+def test_every_sample_packs_the_weights_of_now(vlm, chat, prompts, packs_all):
     sampling, engine = chat.sampling(max_new_tokens=8, n=2), LocalEngine(vlm, chat, max_rows=8)
     before = engine.sample(prompts, sampling)
     with torch.no_grad():
@@ -242,6 +248,12 @@ def wait_for_engines():
         time.sleep(0.01)
 
 
+@pytest.fixture
+def packs_all(monkeypatch):
+    """Also the narrow layers of the test's model are packed."""
+    monkeypatch.setattr("rlcs.engines.onednn_linear.LEAST_WEIGHTS", 1)
+
+
 def submitted(engine, prompt, sampling):
     """The ids of every answer, when the last has ended and the engine's thread with it."""
     ids = [[] for _ in range(sampling.n)]
@@ -251,7 +263,7 @@ def submitted(engine, prompt, sampling):
     return ids
 
 
-def test_submitted_requests_keep_the_weights_packed_until_they_are_synced(vlm, chat, prompts):
+def test_submitted_requests_keep_the_weights_packed_until_they_are_synced(vlm, chat, prompts, packs_all):
     engine, sampling = LocalEngine(vlm, chat, max_rows=64), chat.sampling(max_new_tokens=8, n=2, seed=4)
     head = vlm.model.get_output_embeddings()
     before = submitted(engine, prompts[0], sampling)
@@ -267,7 +279,7 @@ def test_submitted_requests_keep_the_weights_packed_until_they_are_synced(vlm, c
     assert after == [list(first.ids), list(second.ids)] != before
 
 
-def test_packed_weights_go_with_the_engine(vlm, chat, prompts):
+def test_packed_weights_go_with_the_engine(vlm, chat, prompts, packs_all):
     engine, head = LocalEngine(vlm, chat, max_rows=64), vlm.model.get_output_embeddings()
     submitted(engine, prompts[0], chat.sampling(max_new_tokens=2))
     assert isinstance(head.forward, partial)
@@ -275,7 +287,7 @@ def test_packed_weights_go_with_the_engine(vlm, chat, prompts):
     assert "forward" not in vars(head)
 
 
-def test_sampling_equals_submitting(vlm, chat, prompts):
+def test_sampling_equals_submitting(vlm, chat, prompts, packs_all):
     """Also while the engine packs for submitted requests, and when a thread submits meanwhile."""
     engine, sampling = LocalEngine(vlm, chat, max_rows=7), chat.sampling(max_new_tokens=12, n=3, seed=3)
     one_by_one = [submitted(engine, prompt, sampling) for prompt in prompts]

@@ -8,22 +8,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
 
+from bench.ours import WAIT_S
 from bench.pairs import Options, Pair, in_turns, row
-from bench.shapes import SEED
+from bench.shapes import SEED, THREADS
+from bench.sides import answer, start
 from bench.table import Row
 from rlcs.data import puzzles
+from rlcs.distributed import join_world
 from rlcs.engines.local import LocalEngine
 from rlcs.model import loading
 from rlcs.model.chat import Chat
 from rlcs.model.vlm import Vlm
 from rlcs.recipe.schema import Model
 from rlcs.records import Problem, Prompt, Rollout, Sampling
+from rlcs.train.batching import shared
 
 PROBLEMS, GROUP = 64, 8
 MAX_NEW_TOKENS = 96
@@ -44,16 +49,50 @@ class Work:
 def rows(options: Options) -> list[Row]:
     """One row: all rollouts of a step."""
     work = make_work(options)
-    groups = ours(work)
-    lengths = [len(rollout.ids) for group in groups for rollout in group]
+    ranks = 1 if options.cpu_time or options.device.type == "cuda" else THREADS
+    processes, pipe = start(sample_in_ranks, options, ranks=ranks)
+
+    def by_ranks(size: int) -> list[int]:
+        pipe.send(size)
+        found: list[int] = answer(pipe)
+        return found
+
+    try:
+        return [_measured(work, by_ranks, ranks, options)]
+    finally:
+        pipe.send(0)
+        for process in processes:
+            process.join()
+
+
+def sample_in_ranks(pipe: Connection | None, options: Options) -> None:
+    """One of the processes that share our side: for each number of rows from the pipe, sample all groups."""
+    with join_world(timeout_s=WAIT_S) as world:
+        torch.set_num_threads(1 if options.cpu_time else THREADS // world.size)
+        work = make_work(options)
+
+        def asked() -> int:
+            assert pipe is not None, "only the first rank is asked"
+            return int(pipe.recv())
+
+        while size := world.first(asked):
+            sample = partial(ours, work, size // world.size)
+            groups = shared(sample, work.prompts, lambda prompt: len(prompt.ids), world)
+            if pipe is not None:
+                pipe.send([len(rollout.ids) for group in groups for rollout in group])
+
+
+def _measured(work: Work, by_ranks: Callable[[int], list[int]], ranks: int, options: Options) -> Row:
+    lengths = by_ranks(BATCHES[-1])
     model = peer_model(options)
-    own_batch, own = _fastest({size: partial(ours, work, size) for size in BATCHES}, options)
+    own_batch, own = _fastest({size: partial(by_ranks, size) for size in BATCHES}, options)
     batch, peer = _fastest(
         {size: partial(theirs, model, work.sampling, prepared(work, lengths, size)) for size in BATCHES},
         options,
     )
     pair = in_turns(own, peer, rounds=options.rounds, clock=options.clock)
-    return [_row(pair, lengths, work, own_batch, batch, options)]
+    says = f"{own_batch} answers at once in {ranks} process{'es' * (ranks > 1)}"
+    return _row(pair, lengths, work, says, batch, options)
 
 
 def _fastest(sides: Mapping[int, Callable[[], object]], options: Options) -> tuple[int, Callable[[], object]]:
@@ -65,7 +104,7 @@ def _fastest(sides: Mapping[int, Callable[[], object]], options: Options) -> tup
     return fastest, sides[fastest]
 
 
-def _row(pair: Pair, lengths: Sequence[int], work: Work, own_batch: int, batch: int, options: Options) -> Row:
+def _row(pair: Pair, lengths: Sequence[int], work: Work, says: str, batch: int, options: Options) -> Row:
     assert pair.peer_seconds is not None, "both sides were measured"
     tokens = sum(lengths)
     trunk = sum(len(prompt.ids) for prompt in work.prompts) / len(work.prompts)
@@ -76,7 +115,7 @@ def _row(pair: Pair, lengths: Sequence[int], work: Work, own_batch: int, batch: 
         peer=f"transformers {version('transformers')} generate, {batch} rows at once",
         pair=pair,
         says=f"{len(work.prompts)} problems x {GROUP} answers; trunks of {trunk:.0f} tokens, answers of "
-        f"{tokens / len(lengths):.0f} (longest {max(lengths)}); {own_batch} answers at once",
+        f"{tokens / len(lengths):.0f} (longest {max(lengths)}); {says}",
         answer_tokens_per_s=round(tokens / pair.seconds, 1),
         peer_answer_tokens_per_s=round(tokens / pair.peer_seconds, 1),
     )
@@ -96,10 +135,12 @@ def problems(count: int) -> tuple[Problem, ...]:
     return puzzles.load("puzzles", split="train", count=count, seed=2, levels=(1, 2))
 
 
-def ours(work: Work, max_rows: int = BATCHES[-1]) -> list[tuple[Rollout, ...]]:
-    """Every group by the local engine, as a step of GRPO asks for them."""
+def ours(
+    work: Work, max_rows: int = BATCHES[-1], prompts: Sequence[Prompt] = ()
+) -> list[tuple[Rollout, ...]]:
+    """The groups of these prompts, or of all, by the local engine, as a step of GRPO asks for them."""
     engine = LocalEngine(work.vlm, work.chat, max_rows=max_rows)
-    return engine.sample(work.prompts, work.sampling)
+    return engine.sample(prompts or work.prompts, work.sampling)
 
 
 @dataclass(frozen=True, kw_only=True)

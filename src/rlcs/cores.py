@@ -18,6 +18,10 @@ Measured on two cores, a GRPO step of the quickstart alone and beside one busy p
 """
 _CHOSEN_BY_USER = (_THREADS, "MKL_NUM_THREADS")
 _RANKS_HERE = "LOCAL_WORLD_SIZE"
+STARTED = "TORCHELASTIC_RUN_ID"
+"""The variable by which a process knows that it is a rank, which `torchrun` sets."""
+OWN = "rlcs"
+"""Its value where a run has started its own ranks (`pipeline.processes`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +62,21 @@ def thread_settings(cores: Cores, environment: Mapping[str, str]) -> dict[str, s
     """
     chosen = _WAITING in environment or _LOOKS in environment
     settings = {} if chosen else {_WAITING: "passive", _LOOKS: _LOOKS_ENOUGH}
-    if not any(environment.get(name) for name in _CHOSEN_BY_USER):
+    if not threads_chosen(environment):
         ranks = _ranks_here(environment)
         if ranks > 1 or cores.usable < cores.allowed:
-            settings[_THREADS] = str(max(1, min(cores.usable, _physical(cores)) // ranks))
+            settings[_THREADS] = str(threads_of_each(cores, ranks))
     return settings
+
+
+def threads_chosen(environment: Mapping[str, str]) -> bool:
+    """Whether the user has chosen the number of threads."""
+    return any(environment.get(name) for name in _CHOSEN_BY_USER)
+
+
+def threads_of_each(cores: Cores, ranks: int) -> int:
+    """The number of threads of each of so many ranks that share the cores."""
+    return max(1, min(cores.usable, _physical(cores)) // ranks)
 
 
 def explain_threads(cores: Cores, environment: Mapping[str, str], threads: int) -> str:

@@ -11,10 +11,12 @@ import typer
 
 from rlcs.cli.options import Overrides, RecipeName, with_options
 from rlcs.cli.output import print_result
+from rlcs.cores import find_cores
 from rlcs.errors import RecipeError
 
 if TYPE_CHECKING:
     from rlcs.data.run_data import RunData
+    from rlcs.pipeline.processes import Ranks
     from rlcs.recipe.coldstart import Wanted
     from rlcs.recipe.schema import Recipe
 
@@ -201,11 +203,13 @@ def _study(
     seeds: int = 1,
     wanted: "Wanted | None" = None,
 ) -> None:
+    from rlcs.pipeline import processes
     from rlcs.recipe.arms import arms_override
     from rlcs.recipe.coldstart import described, prepared
     from rlcs.recipe.loading import load_recipe
 
-    if os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 alone prints
+    processes.follow_first()
+    if os.environ.get("RANK", "0") != "0":  # rank 0 alone prints
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     from rlcs.data.source_options import both_parts
 
@@ -218,11 +222,29 @@ def _study(
         raise _without_probe(error, name, words, command) from error
     folder = options.out or Path("runs") / (recipe.name if wanted is None else f"{recipe.name}-coldstart")
     recipe = recipe if wanted is None else prepared(recipe)
+    cores, again = find_cores(), processes.typed()
+    count = processes.number_of(recipe, cores, os.environ) if again and not options.dry_run else 1
     if not options.json:
         from rlcs.recipe.table import summary_rows
 
-        grid = [] if wanted is None else [("cold starts", described(wanted, recipe))]
-        print_choices(recipe.name, folder, [*summary_rows(recipe), *grid])
+        rows = [] if wanted is None else [("cold starts", described(wanted, recipe))]
+        if count > 1:
+            rows.append(("processes", processes.described(count, cores, os.environ)))
+        print_choices(recipe.name, folder, [*summary_rows(recipe), *rows])
+    with processes.started(count, again, cores) as ranks:
+        _run(recipe, folder, options, seeds=seeds, wanted=wanted, ranks=ranks)
+
+
+def _run(
+    recipe: "Recipe",
+    folder: Path,
+    options: RunOptions,
+    *,
+    seeds: int,
+    wanted: "Wanted | None",
+    ranks: "Ranks",
+) -> None:
+    """Read the data, meet the other ranks, and train."""
     data = _data(recipe, folder, dry=options.dry_run, json=options.json)
 
     from rlcs.distributed import join_world
@@ -240,6 +262,7 @@ def _study(
     parallel = recipe.parallel
     joined = join_world(timeout_s=parallel.timeout_s, shard_size=parallel.shard_size)
     with StopFlag() as stop, joined as world:
+        ranks.have_met = True
         if options.dry_run:
             first = folder if seeds == 1 else folder / f"seed-{recipe.seed}"
             tried = dry_run(recipe, first, data=data, output=output, stop=stop, world=world)

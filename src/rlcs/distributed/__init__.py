@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rlcs.cores import OWN, STARTED
 from rlcs.distributed.peers import Meeting, Peers
-from rlcs.distributed.torchrun import STARTED
 from rlcs.errors import RlcsError, TrainingError, UserError
 from rlcs.recipe.execution import ranks_per_copy
 from rlcs.signals import StopFlag
@@ -57,6 +57,11 @@ class World:
     def writers(self) -> int:
         """The number of ranks, the first ones, that together hold every row of a sharded model once."""
         return self.shards or self.size
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether each rank has the whole model, on a CPU."""
+        return self.size > 1 and self.shards == 1 and self.device == torch.device("cpu")
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on every rank."""
@@ -161,7 +166,8 @@ def shard_of(tensor: DTensor) -> tuple[int, int]:
 def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[World]:
     """Join the processes that `torchrun` describes in the environment; without it yield `ALONE`.
 
-    `shard_size` ranks share one copy of a model, or all ranks where there are no more.
+    `shard_size` ranks share one copy of a model, or all ranks where there are no more; None: all ranks share
+    one, but that processes of `rlcs` itself have one each on CPUs.
 
     Raises UserError when there are more processes than GPUs or `shard_size` does not divide their number, and
     TrainingError when another rank ended or kept this one waiting for longer than `timeout_s`.
@@ -172,6 +178,8 @@ def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[W
     limit = timedelta(seconds=timeout_s)
     device = _device(int(os.environ["LOCAL_RANK"]))
     rank = int(os.environ["RANK"])
+    if shard_size is None and device.type == "cpu" and os.environ[STARTED] == OWN:
+        shard_size = 1
     shards = ranks_per_copy(int(os.environ["WORLD_SIZE"]), shard_size)
     try:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

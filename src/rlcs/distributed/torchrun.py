@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-STARTED = "TORCHELASTIC_RUN_ID"
-"""The variable by which a process knows that `torchrun` started it."""
+from rlcs.cores import STARTED
+
 _OF_A_RANK = {
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),

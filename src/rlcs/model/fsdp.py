@@ -105,7 +105,7 @@ def shard(model: PreTrainedModel, world: World, settings: Parallel) -> FsdpRoot:
     """
     assert world.device is not None, "a world with process groups has a device"
     return wrap(
-        model, mesh_of(world, world.device.type), settings, before=lambda modules: _fill(modules, world)
+        model, mesh_of(world, world.device.type), settings, before=lambda modules: fill(modules, world)
     )
 
 
@@ -157,7 +157,7 @@ def _dtype(name: str) -> torch.dtype | None:
     return None if name == "same" else getattr(torch, name)
 
 
-def _fill(modules: Iterable[nn.Module], world: World) -> None:
+def fill(modules: Iterable[nn.Module], world: World) -> None:
     """Set the modules' direct tensors to rank 0's values on this rank's device; tied ones stay tied."""
     filled: dict[Tensor, Tensor] = {}
     for module in modules:

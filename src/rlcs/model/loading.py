@@ -44,6 +44,7 @@ from rlcs.model import attention
 from rlcs.model import lora as adapters
 from rlcs.model.chat import Chat, default_system, set_default_system
 from rlcs.model.checkpoints import ADAPTER, read_weights
+from rlcs.model.copies import copy_to_all
 from rlcs.model.families import family_of
 from rlcs.model.families.family import Family
 from rlcs.model.file_faults import damaged_weights, require_tokenizer, template_errors
@@ -255,20 +256,23 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def spread(vlm: Vlm, settings: Parallel) -> Vlm:
-    """Shard the model over the ranks of its world; without `torchrun` return it unchanged.
+    """Shard the model over the ranks of its world, or copy it to all; with one process return it unchanged.
 
     Raises UserError for settings that only a sharded model can have.
     """
-    if vlm.world.grouped:
+    if vlm.world.has_copies and not any(settings.of_shards.values()):
+        copy_to_all(vlm.model, vlm.world)
+    elif vlm.world.grouped:
         return replace(vlm, fsdp_root=shard(vlm.model, vlm.world, settings))
-    require_unsharded(settings)
+    else:
+        require_unsharded(settings)
     return vlm
 
 
 def require_unsharded(settings: Parallel) -> None:
     """Raise UserError for settings that only a sharded model can have."""
-    for key in ("compute_dtype", "reduce_dtype", "reference_dtype", "cpu_offload"):
-        if getattr(settings, key) not in ("same", False):
+    for key, is_set in settings.of_shards.items():
+        if is_set:
             raise UserError(
                 "mixed precision and offloading belong to sharded models",
                 where=f"parallel.{key}",

@@ -35,8 +35,13 @@ class Lora(Section):
 
 
 class Parallel(Section):
-    """How ranks share a model. Without `torchrun` these keys have no effect, but for `timeout_s`."""
+    """How processes (ranks) share a run and its model. With one process only `timeout_s` has an effect."""
 
+    processes: Positive | Literal["auto"] = "auto"
+    """Processes of this machine, each with its share of the cores, where no `torchrun` starts them. `auto`:
+    one for each core on CPUs, as many as fit into memory, for a model of up to 1 GiB that is on the disk and
+    is sampled by the local engine; else, or with `OMP_NUM_THREADS` set, one. On CPUs each has a copy of the
+    model, unless `shard_size` says otherwise. They change results by rounding alone."""
     compute_dtype: Literal["same", "bfloat16", "float32"] = "same"
     """Number format of gathered weights and activations; `same`: that of `model.dtype`. With
     `model.dtype=float32` and `bfloat16` here, weights and optimiser stay exact and the work is fast."""
@@ -57,6 +62,12 @@ class Parallel(Section):
     holds only the layers in use. For models that do not fit otherwise: every pass copies the weights."""
     timeout_s: Seconds = 1800.0
     """Seconds that a rank waits for the others before the run ends with an error."""
+
+    @property
+    def of_shards(self) -> dict[str, bool]:
+        """The keys that only a sharded model can have, and whether they are set."""
+        keys = ("compute_dtype", "reduce_dtype", "reference_dtype", "cpu_offload")
+        return {key: getattr(self, key) not in ("same", False) for key in keys}
 
 
 class Trackers(Section):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlcs.errors import TrainingError
+from rlcs.model.copies import mean_gradients
 from rlcs.model.packing import Pack
 from rlcs.model.policy import Scores, score
 from rlcs.model.vlm import Vlm
@@ -208,8 +209,10 @@ class Trainer:
 
     def _apply(self, divisor: float) -> tuple[float, str]:
         """Divide and clip the gradients, step if they are finite; the norm, and why a step was skipped."""
+        if self.vlm.fsdp_root is None:
+            mean_gradients(self._parameters, self.vlm.world)
         grads = [p.grad for p in self._parameters if p.grad is not None]
-        torch._foreach_div_(grads, divisor / self.vlm.world.size)  # FSDP leaves the mean over ranks
+        torch._foreach_div_(grads, divisor / self.vlm.world.size)  # they are the mean over ranks, also FSDP's
         total = torch.nn.utils.get_total_norm(grads)
         total = total.full_tensor() if isinstance(total, DTensor) else total
         torch.nn.utils.clip_grads_with_norm_(self._parameters, self._settings.max_grad_norm, total)

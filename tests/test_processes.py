@@ -1,0 +1,249 @@
+"""Processes that share a run on CPUs: when there are several, what they compute, and how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+import distributed_worker
+import warm
+from rlcs.cores import OWN, STARTED, Cores
+from rlcs.distributed import ALONE
+from rlcs.model.checkpoints import complete
+from rlcs.pipeline import processes
+from rlcs.pipeline.processes import may_have_gpus, number_of
+from rlcs.recipe.loading import load_recipe
+from rlcs.storage import read_json, read_jsonl
+from test_distributed import JOBS, STUDY, assert_same, environment, free_port, run_on
+
+FOUR = Cores(machine=4, allowed=4)
+LIMIT_S = 300
+
+
+# --- how many ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without GPUs, with 64 GiB of free memory."""
+    monkeypatch.setattr(processes, "may_have_gpus", lambda _: False)
+    memory = psutil.virtual_memory()._replace(available=64 << 30)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+
+
+def count_of(*words: str, recipe: str = "quickstart", cores: Cores = FOUR, **variables: str) -> int:
+    return number_of(load_recipe(recipe, [*words]).recipe, cores, variables)
+
+
+def test_a_small_model_has_a_process_for_each_core(free):
+    assert count_of() == 4
+    assert count_of(cores=Cores(machine=8, allowed=8, quota=1.5)) == 2
+    assert count_of(cores=Cores(machine=1, allowed=1)) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["rollout.engine=vllm_server"],
+        ["parallel.compute_dtype=bfloat16"],
+        ["lora.rank=4", "lora.four_bit=true"],
+        ["grpo.also.distill=1", "grpo.also.arms=[sft_grpo]", "grpo.teacher.model=builtin"],
+        ["model.name=Qwen/Qwen2.5-VL-3B-Instruct"],
+        ["model.name=runs/nowhere"],
+    ],
+    ids=lambda words: words[-1],
+)
+def test_one_process_where_others_gain_nothing_or_are_not_known_to_fit(free, words):
+    assert count_of(*words) == 1
+
+
+def test_what_the_user_and_torchrun_decide_counts_more(free):
+    assert count_of(OMP_NUM_THREADS="2") == 1
+    assert count_of("parallel.processes=3", OMP_NUM_THREADS="2") == 3
+    assert count_of("parallel.processes=1") == 1
+    assert count_of("parallel.processes=3", TORCHELASTIC_RUN_ID="x") == 1
+
+
+def test_no_more_than_fit_into_memory(free, monkeypatch):
+    memory = psutil.virtual_memory()._replace(available=7 << 30)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    assert count_of() == 2
+    memory = memory._replace(available=1 << 30)
+    assert count_of() == 1
+
+
+def test_a_large_model_has_one(free, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for size, count in ((processes.LARGEST_WEIGHTS, 4), (processes.LARGEST_WEIGHTS + 1, 1)):
+        with (tmp_path / "model.safetensors").open("wb") as file:
+            file.truncate(size)
+        assert count_of(f"model.name={tmp_path}") == count
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "found"),
+    [("nvidia0", None, True), ("nvidia0", "", False), ("nvidia0", "-1", False), ("nvidia0", "0", True),
+     ("kfd", None, True), ("dxg", None, True), ("nvidiactl", None, False), ("tty", None, False)],
+)  # fmt: skip
+def test_gpus_are_found_without_torch(tmp_path, device, visible, found):
+    (tmp_path / device).touch()
+    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert may_have_gpus(given, tmp_path) == found
+
+
+# --- what they compute ------------------------------------------------------------------------------
+
+
+COPIED = ("paper", "kept", "held", "adapters", "frozen")
+"""Jobs that two ranks do with a copy of the model each; the first one is also stopped and continued."""
+
+
+@pytest.fixture(scope="module")
+def by_copies(random_model_folder, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("copies")
+    base = {"model": str(random_model_folder), "parallel": {"shard_size": 1}}
+    jobs = [base | JOBS[name] | {"folder": str(root / name)} for name in COPIED]
+    resumed = jobs[0] | {"folder": str(root / "resumed")}
+    run_on(2, [*jobs, resumed | {"stop_at": 1}, resumed], root / "jobs.json")
+    return root
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_two_copies_compute_what_one_process_computes(by_copies, random_model_folder, tmp_path, name):
+    distributed_worker.train(
+        {"model": str(random_model_folder), "folder": str(tmp_path), **JOBS[name]}, ALONE
+    )
+    assert_same(tmp_path, by_copies / name)
+
+
+def test_stopped_copies_go_on_and_the_first_one_saves(by_copies):
+    assert "after step 1 of" in (by_copies / "resumed" / "stopped-1").read_text()
+    assert_same(by_copies / COPIED[0], by_copies / "resumed")
+    for folder in complete(by_copies / COPIED[0] / "checkpoints").values():
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        assert files == ["model.safetensors", "optimizer.safetensors"]
+
+
+MEANS = """
+import sys
+import torch
+from rlcs.distributed import join_world
+from rlcs.model import copies
+
+copies._AVERAGED_AT_ONCE = 5  # so that there are several exchanges
+with join_world(timeout_s=60, shard_size=1) as world:
+    parameters = [torch.zeros(size, requires_grad=True) for size in ((2, 2), (3,), (4,), (9,))]
+    for index, parameter in enumerate(parameters[:3]):
+        if index != 1 or world.rank == 1:
+            parameter.grad = torch.full_like(parameter, 10.0 * index + world.rank)
+    copies.mean_gradients(parameters, world)
+    print([None if p.grad is None else [tuple(p.grad.shape), *p.grad.unique().tolist()] for p in parameters])
+"""
+
+
+def test_gradients_are_averaged_also_where_a_rank_has_none(tmp_path):
+    port = free_port()
+    ranks = [
+        warm.Popen([sys.executable, "-c", MEANS], env=environment(rank, 2, port), stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=LIMIT_S)[0].decode() for rank in ranks]
+    assert said == ["[[(2, 2), 0.5], [(3,), 5.5], [(4,), 20.5], None]\n"] * 2
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def begun(folder: Path, *words: str) -> Iterator["subprocess.Popen[str]"]:
+    """`rlcs run` by two processes, in a group of processes of its own."""
+    words = ("run", "quickstart", "--out", str(folder), "--quiet", *STUDY, "parallel.processes=2", *words)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "rlcs", *words],
+        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        for child in [*psutil.Process(process.pid).children()] if process.poll() is None else []:
+            child.kill()
+        process.kill()
+        process.communicate()
+
+
+def trains(process: "subprocess.Popen[str]", folder: Path) -> None:
+    """Wait until a run has taken a step of RL."""
+    end = time.monotonic() + LIMIT_S
+    while not (folder / "sft_grpo" / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < end, "it ended, or does not come so far"
+        time.sleep(0.1)
+
+
+def other_rank(process: "subprocess.Popen[str]") -> psutil.Process:
+    """The process of rank 1."""
+    [rank] = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if child.environ().get("RANK") == "1" and child.environ().get(STARTED) == OWN
+    ]
+    return rank
+
+
+@pytest.mark.fault("kills", "a signal to a run by two processes", "both stop; the same command goes on")
+def test_a_run_by_two_processes_is_stopped_and_finished(tmp_path):
+    """The signal comes to the process that the user started, as from `kill`."""
+    run = tmp_path / "run"
+    with begun(run) as process:
+        trains(process, run)
+        rank = other_rank(process)
+        process.send_signal(signal.SIGTERM)
+        said, error = process.communicate(timeout=LIMIT_S)
+        rank.wait(30)
+    assert process.returncode == 130, error
+    assert error.count("stopped as asked") == 1 and "the same command continues" in error
+    assert "processes" in said and "2, with 1 thread each" in said
+    with begun(run) as process:
+        said, error = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, error
+    assert said.count("summary  ") == 1 and not error, "one of them speaks"
+    steps = [row["step"] for row in read_jsonl(run / "sft_grpo" / "metrics.jsonl") if "loss" in row]
+    assert steps == sorted(set(steps)) and max(steps) == 30, "none is taken twice"
+    assert read_json(run / "summary.json")["arms"]["sft_grpo"]["n"] == 20
+
+
+@pytest.mark.fault("kills", "one of two processes of a run is killed", "the other one ends")
+@pytest.mark.parametrize("killed", ["the first", "the second"])
+def test_where_one_is_killed_the_other_ends(tmp_path, killed):
+    with begun(tmp_path / "run", "grpo.steps=3000") as process:
+        trains(process, tmp_path / "run")
+        rank = other_rank(process)
+        (psutil.Process(process.pid) if killed == "the first" else rank).kill()
+        _, error = process.communicate(timeout=90)
+        rank.wait(60)
+    assert process.returncode == (-signal.SIGKILL if killed == "the first" else 1)
+    if killed == "the second":
+        assert "rank 0 lost the others" in error or "rank 1 has ended" in error
+        assert "the same command continues" in error
+
+
+def test_a_mistake_is_told_once_and_at_once(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"question": "How many?"}) + "\n")
+    with begun(tmp_path / "run", f"data.rl={bad}") as process:
+        started = time.monotonic()
+        _, error = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 2 and "bad.jsonl" in error
+    assert error.count("rlcs: ") == 1 and "(rank 1)" not in error
+    assert time.monotonic() - started < 25
