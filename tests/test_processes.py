@@ -218,8 +218,8 @@ def test_a_run_by_two_processes_is_stopped_and_finished(tmp_path):
         said, error = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, error
     assert said.count("summary  ") == 1 and not error, "one of them speaks"
-    steps = [row["step"] for row in read_jsonl(run / "sft_grpo" / "metrics.jsonl") if "loss" in row]
-    assert steps == sorted(set(steps)) and max(steps) == 30, "none is taken twice"
+    steps = [row["step"] for row in read_jsonl(run / "sft_grpo" / "metrics.jsonl")]
+    assert steps == list(range(1, 31)), "none is taken twice"
     assert read_json(run / "summary.json")["arms"]["sft_grpo"]["n"] == 20
 
 
