@@ -1,4 +1,4 @@
-"""`python -m bench.ranks`: SFT of the built-in model, two ranks of one thread against one of two threads.
+"""`python -m bench.ranks`: SFT of the built-in model, two processes of one thread against one of two threads.
 
 Both train on the same demonstrations in the same order; the tokens are those of the trees, without what
 idles. The first steps warm up and are not counted. On a machine that others use, run it again.
@@ -12,6 +12,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from rlcs.cores import find_cores
+from rlcs.pipeline.processes import environment
 
 WARM_UP = 3
 
@@ -31,21 +34,39 @@ def main() -> None:
         for ranks in rates:
             rate, losses = measure(ranks, options.steps)
             rates[ranks].append(rate)
-            says = f"round {number + 1}, {ranks} rank(s) of {2 // ranks} thread(s): {rate:8,.0f} tokens/s"
+            says = f"round {number + 1}, {ranks} process(es) of {2 // ranks} thread(s): {rate:8,.0f} tokens/s"
             print(f"{says}, loss {losses[0]:.5f} to {losses[-1]:.5f}", flush=True)
     best = {ranks: statistics.median(each) for ranks, each in rates.items()}
-    print(f"median: 1 rank {best[1]:,.0f}, 2 ranks {best[2]:,.0f} tokens/s: {best[2] / best[1]:.1%}")
+    print(f"median: 1 process {best[1]:,.0f}, 2 processes {best[2]:,.0f} tokens/s: {best[2] / best[1]:.1%}")
 
 
 def measure(ranks: int, steps: int) -> tuple[float, list[float]]:
     """Tokens a second by the median step, and the losses."""
     with tempfile.TemporaryDirectory() as folder:
-        start = [sys.executable, "-W", "ignore"]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "bench.ranks",
+            "--train",
+            folder,
+            "--steps",
+            str(steps),
+        ]
+        variables = os.environ | {"OMP_NUM_THREADS": str(2 // ranks), "TRANSFORMERS_VERBOSITY": "error"}
         if ranks > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*start, "-m", "bench.ranks", "--train", folder, "--steps", str(steps)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(2 // ranks), "TRANSFORMERS_VERBOSITY": "error"}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+            variables |= environment(ranks, find_cores(), variables)
+        started = [
+            subprocess.Popen(
+                command,
+                env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+            )
+            for rank in range(ranks)
+        ]
+        codes = [process.wait() for process in started]
+        assert not any(codes), "a process failed; its error is above"
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     seconds = statistics.median(sum(row["seconds"].values()) for row in rows[WARM_UP:])

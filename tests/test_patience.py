@@ -37,6 +37,8 @@ def sleeper() -> Iterator[psutil.Process]:
     ) as process:
         process.stdout.readline()
         found = psutil.Process(process.pid)
+        while found.status() != psutil.STATUS_SLEEPING:  # until it waits for its input
+            time.sleep(0.01)
         yield found
         process.kill()
 
@@ -72,6 +74,36 @@ def test_a_process_that_is_stopped_for_good_waits(sleeper: psutil.Process) -> No
     patience = Patience(OwnTime(sleeper.pid, 0.5, clock=clock), 10.0)
     assert not looks(patience, clock, 10.0 + 0.5 * (LOOKS - 2))
     assert looks(patience, clock, 2.0)
+
+
+NOW_AND_THEN = """
+import subprocess, sys
+child = "import time; any(time.sleep(0.001) for _ in iter(int, 1))"
+with subprocess.Popen([sys.executable, "-I", "-S", "-c", child]):
+    print(flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the time that passes counts")
+def test_a_stopped_process_waits_although_its_child_goes_on() -> None:
+    """As the server of an engine that looks for work now and then."""
+    clock = Clock()
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", NOW_AND_THEN], stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        found = psutil.Process(process.pid)
+        [child] = found.children()
+        found.suspend()
+        patience = Patience(OwnTime(process.pid, 0.5, clock=clock), 10.0)
+        while not patience.is_over and clock.now < 200.0:
+            before = sum(child.num_ctx_switches())
+            while sum(child.num_ctx_switches()) == before:
+                time.sleep(0.001)
+            clock.now += patience.own.tick_s
+        child.kill()
+        process.kill()
+    assert 110.0 <= clock.now < 200.0
 
 
 def test_a_command_has_its_seconds_and_no_more() -> None:

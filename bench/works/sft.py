@@ -10,8 +10,8 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -21,11 +21,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCall
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling, SFTTrainer
 
+from bench.ours import WAIT_S
 from bench.pairs import Options, in_turns, row
-from bench.shapes import SEED, drawn_image
+from bench.shapes import SEED, THREADS, drawn_image
+from bench.sides import answer, start
 from bench.table import Row
-from rlcs.distributed import ALONE
+from rlcs.distributed import World, join_world
 from rlcs.model import loading
+from rlcs.recipe.execution import Parallel
 from rlcs.recipe.schema import Model, Prompts
 from rlcs.recipe.stages import Optimizer, Sft
 from rlcs.records import Demonstration, Problem
@@ -62,7 +65,42 @@ def rows(options: Options) -> list[Row]:
 def measured(options: Options, demonstrations: Sequence[Demonstration]) -> list[Row]:
     """Check losses, then take turns. Raises RuntimeError where the losses differ."""
     work = Work(folder=loading.resolve("builtin"), demonstrations=demonstrations, options=options)
-    losses, tokens = ours(work)()
+    ranks = 1 if options.cpu_time or options.device.type == "cuda" else THREADS
+    processes, pipe = start(epochs_in_ranks, work, ranks=ranks)
+
+    def epoch() -> tuple[list[float], int]:
+        pipe.send("go")
+        found: tuple[list[float], int] = answer(pipe)
+        return found
+
+    try:
+        return [_measured(work, epoch, ranks)]
+    finally:
+        pipe.send("end")
+        for process in processes:
+            process.join()
+
+
+def epochs_in_ranks(pipe: Connection | None, work: Work) -> None:
+    """One of the processes that share our side: an epoch for each word, always from the same start."""
+    with join_world(timeout_s=WAIT_S) as world:
+        torch.set_num_threads(1 if work.options.cpu_time else THREADS // world.size)
+
+        def asked() -> str:
+            assert pipe is not None, "only the first rank is asked"
+            return str(pipe.recv())
+
+        # What epochs start from is made before the clock runs.
+        epochs = [ours(work, world) for _ in range(1 + work.options.rounds)]
+        while world.first(asked) == "go":
+            done = epochs.pop()()
+            if pipe is not None:
+                pipe.send(done)
+
+
+def _measured(work: Work, epoch: Callable[[], tuple[list[float], int]], ranks: int) -> Row:
+    options, demonstrations = work.options, work.demonstrations
+    losses, tokens = epoch()
     first: dict[int, float] = {}
     gaps = []
     for size in PEER_BATCHES:
@@ -72,25 +110,21 @@ def measured(options: Options, demonstrations: Sequence[Demonstration]) -> list[
     if max(gaps) > TOLERANCE:
         raise RuntimeError(f"the losses differ by {max(gaps):.1e}: the two sides do not train the same")
     fastest = min(first, key=lambda size: first[size])
-    # What an epoch starts from is made before the clock runs.
-    mine, others = (
-        [make(work) for _ in range(options.rounds)] for make in (ours, partial(theirs, size=fastest))
+    others = [theirs(work, fastest) for _ in range(options.rounds)]
+    pair = in_turns(epoch, lambda: others.pop()(), rounds=options.rounds, clock=options.clock)
+    return row(
+        work="sft",
+        shape="mixed",
+        phase="epoch",
+        peer=f"trl {version('trl')} SFTTrainer, {fastest} examples at once",
+        pair=pair,
+        says=f"built-in model; {len(demonstrations)} examples, {BATCH} a step; responses of "
+        f"{RESPONSE[0]} to {RESPONSE[1]} tokens, images of {SIDES[0]} to {SIDES[-1]} pixels a side; "
+        f"{ranks} process{'es' * (ranks > 1)}",
+        tokens_per_s=round(tokens / pair.seconds, 1),
+        peer_tokens_per_s=round(tokens / (pair.peer_seconds or 1.0), 1),
+        largest_gap_of_losses=f"{max(gaps):.0e}",
     )
-    pair = in_turns(lambda: mine.pop()(), lambda: others.pop()(), rounds=options.rounds, clock=options.clock)
-    return [
-        row(
-            work="sft",
-            shape="mixed",
-            phase="epoch",
-            peer=f"trl {version('trl')} SFTTrainer, {fastest} examples at once",
-            pair=pair,
-            says=f"built-in model; {len(demonstrations)} examples, {BATCH} a step; responses of "
-            f"{RESPONSE[0]} to {RESPONSE[1]} tokens, images of {SIDES[0]} to {SIDES[-1]} pixels a side",
-            tokens_per_s=round(tokens / pair.seconds, 1),
-            peer_tokens_per_s=round(tokens / (pair.peer_seconds or 1.0), 1),
-            largest_gap_of_losses=f"{max(gaps):.0e}",
-        )
-    ]
 
 
 def drawn_demonstrations(count: int) -> list[Demonstration]:
@@ -114,10 +148,12 @@ def settings() -> Sft:
     return Sft(batch_size=BATCH, epochs=1, optimizer=optimizer)
 
 
-def ours(work: Work) -> Callable[[], tuple[list[float], int]]:
+def ours(work: Work, world: World) -> Callable[[], tuple[list[float], int]]:
     """An epoch from the start, as `sft.train` runs it; returns losses, and the demonstrations' tokens."""
     chosen = settings()
-    vlm = loading.load(Model(name=work.folder, dtype="float32"), device=work.options.device)
+    device = None if world.grouped else work.options.device
+    vlm = loading.load(Model(name=work.folder, dtype="float32"), device=device, world=world)
+    vlm = loading.spread(vlm, Parallel())
     chat = loading.make_chat(vlm)
     trainer = Trainer(vlm, chosen.optimizer, steps=work.steps, max_bad_steps=1)
     objective = sft.make_objective(chosen.loss_average)
@@ -126,14 +162,14 @@ def ours(work: Work) -> Callable[[], tuple[list[float], int]]:
         losses, tokens = [], 0
         for step in range(work.steps):
             taken = work.demonstrations[step * BATCH : (step + 1) * BATCH]
-            trees, _ = sft.usable_trees(taken, chat)
+            trees, _ = sft.usable_trees(taken, chat, world)
             packs = sft.packs_of(trees, vlm, chat, chosen)
-            sft.prepared_share(work.demonstrations[(step + 1) * BATCH : (step + 2) * BATCH], chat, ALONE)
+            sft.prepared_share(work.demonstrations[(step + 1) * BATCH : (step + 2) * BATCH], chat, world)
             result = trainer.step(
                 [Batch(pack=pack) for pack in packs], objective, average=chosen.loss_average
             )
             losses.append(result.loss)
-            tokens += sum(tree.num_tokens for tree in trees)
+            tokens += sum(world.gather(sum(tree.num_tokens for tree in trees)))
         return losses, tokens
 
     return epoch

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psutil
@@ -36,9 +37,9 @@ class OwnTime:
 
     What counts is their CPU time, and time in which all of them wait by choice (asleep, or for a reply), but
     never more than the time that passed. Time in which one could run and did not (the cores are busy, it was
-    stopped, its disk is slow) does not count, unless none ran at all in the last LOOKS looks; nor does time
-    in which this process itself could not look. Where states of processes cannot be read (not Linux), time
-    that passes counts.
+    stopped, its disk is slow) does not count, unless that one has not run in the last LOOKS looks; nor does
+    time in which this process itself could not look. Where states of processes cannot be read (not Linux),
+    time that passes counts.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class OwnTime:
         self.tick_s, self.clock = tick_s, clock
         self._pid = pid if sys.platform == "linux" else None
         self._looked = clock()
-        self._seconds, self._cpu = 0.0, dict[int, float]()
-        self._switches = self._looks_without_work = 0
+        self._seconds = 0.0
+        self._seen: dict[int, _Seen] = {}
 
     @property
     def next_look_s(self) -> float:
@@ -67,19 +68,27 @@ class OwnTime:
 
     def _counted(self, passed: float) -> float:
         """The part of the time since the last look that counts."""
-        before, ran, waits = self._cpu, self._switches, True
-        self._cpu, self._switches = {}, 0
+        before, waits, used = self._seen, True, 0.0
+        self._seen = {}
         for process in _tree(self._pid) if self._pid is not None else ():
             with suppress(psutil.Error):
-                times = process.cpu_times()
-                self._cpu[process.pid] = times.user + times.system
-                self._switches += sum(process.num_ctx_switches())  # CPU time is counted in steps of 10 ms
-                waits = waits and process.status() not in _NOT_BY_CHOICE
-        used = sum(cpu - before.get(pid, cpu) for pid, cpu in self._cpu.items())
-        has_run = used or self._switches != ran
-        self._looks_without_work = 0 if has_run else self._looks_without_work + 1
-        waits = (waits and used < _LEAST_SHARE * passed) or self._looks_without_work > LOOKS
-        return min(passed, 2 * self.tick_s if waits else used)
+                times, switches = process.cpu_times(), sum(process.num_ctx_switches())
+                cpu, last = times.user + times.system, before.get(process.pid)
+                has_run = last is None or (cpu, switches) != (last.cpu, last.switches)
+                idle = 0 if last is None or has_run else last.idle + 1
+                self._seen[process.pid] = _Seen(cpu=cpu, switches=switches, idle=idle)
+                used += 0.0 if last is None else cpu - last.cpu
+                waits = waits and (idle > LOOKS or process.status() not in _NOT_BY_CHOICE)
+        return min(passed, 2 * self.tick_s if waits and used < _LEAST_SHARE * passed else used)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """A process at a look: its CPU time (in steps of 10 ms), its context switches, and looks without work."""
+
+    cpu: float
+    switches: int
+    idle: int
 
 
 class Patience:
