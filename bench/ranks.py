@@ -13,8 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rlcs.cores import find_cores
-from rlcs.pipeline.processes import environment
+from bench.sides import variables_of
 
 WARM_UP = 3
 
@@ -56,7 +55,7 @@ def measure(ranks: int, steps: int) -> tuple[float, list[float]]:
         ]
         variables = os.environ | {"OMP_NUM_THREADS": str(2 // ranks), "TRANSFORMERS_VERBOSITY": "error"}
         if ranks > 1:
-            variables |= environment(ranks, find_cores(), variables)
+            variables |= variables_of(ranks, variables)
         started = [
             subprocess.Popen(
                 command,

@@ -1,9 +1,12 @@
 """The two sides of a GRPO step, each in processes of its own; their steps take turns."""
 
+import atexit
 import importlib
 import multiprocessing
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -50,7 +53,7 @@ def start(target: Any, work: Any, *, ranks: int = 1) -> tuple[list[Any], Connect
     """Fresh processes that share a work, with a pipe to the first one; it loads, says ready and waits."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    variables = environment(ranks, find_cores(), os.environ) if ranks > 1 else {}
+    variables = variables_of(ranks, os.environ) if ranks > 1 else {}
     processes = []
     for rank in range(ranks):
         own = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} if variables else {}
@@ -59,6 +62,13 @@ def start(target: Any, work: Any, *, ranks: int = 1) -> tuple[list[Any], Connect
         processes[-1].start()
     there.close()
     return processes, here
+
+
+def variables_of(ranks: int, given: Mapping[str, str]) -> dict[str, str]:
+    """The variables that ranks share, with a file to meet at."""
+    folder = tempfile.mkdtemp(prefix="bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return environment(ranks, find_cores(), given, meeting=f"{folder}/ranks")
 
 
 def run_rank(target: Any, pipe: Connection | None, work: Any, variables: dict[str, str]) -> None:

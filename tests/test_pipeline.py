@@ -20,6 +20,7 @@ from transformers import AutoConfig
 import warm
 from conftest import SMALL_STUDY, rlcs
 from loopback_server import LoopbackServer
+from rlcs.cli.train import _arm_lines
 from rlcs.data import run_data
 from rlcs.distributed import join_world
 from rlcs.errors import DataError, ModelError, OutOfMemory, RecipeError, RunFolderError, UserError
@@ -417,9 +418,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(random_model_folder, tmp_path):
     assert "stopped as asked" in errors and "the same command continues" in errors
 
 
-def test_seeds_are_averaged_and_kept_apart():
+def test_seeds_are_averaged_and_kept_apart(tmp_path):
     def arm(accuracy):
-        return {"accuracy": accuracy, "low": 0.0, "high": 1.0, "n": 100}
+        return {"accuracy": accuracy, "low": 0.0, "high": 1.0, "n": 100, "unscored": 3}
 
     alike = {"name": "n", "recipe": {}, "versions": {}}
     one = alike | {"arms": {"base": arm(0.2), "sft_grpo": arm(0.6)}, "seconds": {"sft": 2.0}}
@@ -429,6 +430,8 @@ def test_seeds_are_averaged_and_kept_apart():
     assert summary["arms"]["sft_grpo"]["low"] == pytest.approx(0.604, abs=0.001)
     assert summary["per_seed"]["1"]["base"]["accuracy"] == 0.4
     assert summary["seconds"]["sft"] == 5.0
+    lines = "\n".join(_arm_lines(summary["arms"], tmp_path))  # as `rlcs ablate --seeds 2` ends
+    assert "70.0%" in lines and lines.count("6 not scored") == 2
 
 
 def as_jsonl(folder, rows):

@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import distributed_worker
 import warm
-from rlcs.cores import OWN, STARTED, Cores
+from conftest import draw
+from rlcs.cores import OWN, STARTED, Cores, thread_settings
 from rlcs.distributed import ALONE
 from rlcs.model.checkpoints import complete
 from rlcs.pipeline import processes
@@ -43,9 +46,25 @@ def count_of(*words: str, recipe: str = "quickstart", cores: Cores = FOUR, **var
     return number_of(load_recipe(recipe, [*words]).recipe, cores, variables)
 
 
-def test_a_small_model_has_a_process_for_each_core(free):
+@pytest.fixture(autouse=True)
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 8)
+
+
+def test_a_small_model_has_a_process_for_each_core(free, monkeypatch):
     assert count_of() == 4
     assert count_of(cores=Cores(machine=8, allowed=8, quota=1.5)) == 2
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 2)
+    assert count_of() == 2, "two threads on one core are no faster"
+
+
+def test_the_threads_that_a_quota_sets_are_not_the_user_s(free):
+    """`rlcs` sets their number before the run begins."""
+    cores = Cores(machine=8, allowed=8, quota=2.0)
+    assert count_of(cores=cores, **thread_settings(cores, {})) == 2
+    shared = processes.environment(2, cores, thread_settings(cores, {}), meeting="x")
+    assert shared["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in processes.environment(2, cores, {"OMP_NUM_THREADS": "3"}, meeting="x")
     assert count_of(cores=Cores(machine=1, allowed=1)) == 1
 
 
@@ -163,9 +182,10 @@ def test_gradients_are_averaged_also_where_a_rank_has_none(tmp_path):
 
 
 @contextmanager
-def begun(folder: Path, *words: str) -> Iterator["subprocess.Popen[str]"]:
-    """`rlcs run` by two processes, in a group of processes of its own."""
-    words = ("run", "quickstart", "--out", str(folder), "--quiet", *STUDY, "parallel.processes=2", *words)
+def begun(folder: Path, *words: str, count: int = 2) -> Iterator["subprocess.Popen[str]"]:
+    """`rlcs run` by some processes, in a group of processes of its own."""
+    number = f"parallel.processes={count}"
+    words = ("run", "quickstart", "--out", str(folder), "--quiet", *STUDY, number, *words)
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "rlcs", *words],
         env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
@@ -201,8 +221,8 @@ def other_rank(process: "subprocess.Popen[str]") -> psutil.Process:
     return rank
 
 
-@pytest.mark.fault("kills", "a signal to a run by two processes", "both stop; the same command goes on")
-def test_a_run_by_two_processes_is_stopped_and_finished(tmp_path):
+@pytest.mark.fault("kills", "a signal to a run by two processes", "both stop; it goes on, with three too")
+def test_a_run_by_two_processes_is_stopped_and_finished_by_three(tmp_path):
     """The signal comes to the process that the user started, as from `kill`."""
     run = tmp_path / "run"
     with begun(run) as process:
@@ -214,10 +234,10 @@ def test_a_run_by_two_processes_is_stopped_and_finished(tmp_path):
     assert process.returncode == 130, error
     assert error.count("stopped as asked") == 1 and "the same command continues" in error
     assert "processes" in said and "2, with 1 thread each" in said
-    with begun(run) as process:
+    with begun(run, "--json", count=3) as process:
         said, error = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, error
-    assert said.count("summary  ") == 1 and not error, "one of them speaks"
+    assert said.count('"summary"') == 1 and error.count("preflight: GPUs") == 1, "one of them speaks"
     steps = [row["step"] for row in read_jsonl(run / "sft_grpo" / "metrics.jsonl")]
     assert steps == list(range(1, 31)), "none is taken twice"
     assert read_json(run / "summary.json")["arms"]["sft_grpo"]["n"] == 20
@@ -247,3 +267,62 @@ def test_a_mistake_is_told_once_and_at_once(tmp_path):
     assert process.returncode == 2 and "bad.jsonl" in error
     assert error.count("rlcs: ") == 1 and "(rank 1)" not in error
     assert time.monotonic() - started < 25
+
+
+ALONE_FAILS = """
+import os, sys, time
+sys.argv[0] = "/bin/rlcs"
+if os.environ.get("RANK") == "1":
+    import rlcs.distributed
+    from rlcs.errors import UserError
+    def join_world(**_):
+        raise UserError("this rank has a fault of its own", where="here")
+    rlcs.distributed.join_world = join_world
+"""
+
+
+@pytest.mark.fault(
+    "limits", "one of two processes fails before they meet", "its reason is told; the other ends"
+)
+def test_the_reason_of_one_that_fails_alone_is_told(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(ALONE_FAILS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with begun(tmp_path / "run") as process:
+        _, error = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1
+    assert "rlcs (rank 1): here: this rank has a fault of its own" in error
+    assert "rank 1 of this run ended with exit code 2" in error and "continues" in error
+
+
+@pytest.mark.fault("kills", "one of two processes is killed before they meet", "the other one ends at once")
+def test_one_that_is_killed_before_they_meet_is_noticed_at_once(tmp_path):
+    with begun(tmp_path / "run") as process:
+        while not psutil.Process(process.pid).children():
+            assert process.poll() is None
+            time.sleep(0.01)
+        other_rank(process).kill()
+        killed = time.monotonic()
+        _, error = process.communicate(timeout=LIMIT_S)
+    assert time.monotonic() - killed < 10
+    assert process.returncode == 1 and "rank 1 of this run was killed by signal 9" in error
+
+
+def test_a_folder_of_others_is_refused_before_images_are_written_there(tmp_path):
+    other, rows = tmp_path / "other", tmp_path / "rows.parquet"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    image = {"bytes": draw(30, 30).data, "path": None}
+    table = pa.table({"question": ["How many?"] * 3, "answer": ["1"] * 3, "images": [[image]] * 3})
+    pq.write_table(table, rows)
+    with begun(other, f"data.rl={rows}") as process:
+        _, error = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 2 and "holds no run" in error
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]
+
+
+def test_a_dry_run_tries_what_a_run_does(tmp_path):
+    with begun(tmp_path / "run", "--dry-run") as process:
+        said, error = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, error
+    assert "2, with 1 thread each" in said and said.count("checks passed") == 1
+    assert not (tmp_path / "run").exists()

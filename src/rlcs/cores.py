@@ -18,10 +18,14 @@ Measured on two cores, a GRPO step of the quickstart alone and beside one busy p
 """
 _CHOSEN_BY_USER = (_THREADS, "MKL_NUM_THREADS")
 _RANKS_HERE = "LOCAL_WORLD_SIZE"
+_OURS = "RLCS_THREADS"
+"""The variable that is set beside a number of threads which the user has not chosen."""
 STARTED = "TORCHELASTIC_RUN_ID"
 """The variable by which a process knows that it is a rank, which `torchrun` sets."""
 OWN = "rlcs"
 """Its value where a run has started its own ranks (`pipeline.processes`)."""
+MEETING = "RLCS_RANKS"
+"""The variable with the file by which those find each other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,18 +69,25 @@ def thread_settings(cores: Cores, environment: Mapping[str, str]) -> dict[str, s
     if not threads_chosen(environment):
         ranks = _ranks_here(environment)
         if ranks > 1 or cores.usable < cores.allowed:
-            settings[_THREADS] = str(threads_of_each(cores, ranks))
+            settings |= {_THREADS: str(threads_of_each(cores, ranks)), _OURS: "automatic"}
     return settings
 
 
 def threads_chosen(environment: Mapping[str, str]) -> bool:
     """Whether the user has chosen the number of threads."""
-    return any(environment.get(name) for name in _CHOSEN_BY_USER)
+    return _OURS not in environment and any(environment.get(name) for name in _CHOSEN_BY_USER)
 
 
 def threads_of_each(cores: Cores, ranks: int) -> int:
     """The number of threads of each of so many ranks that share the cores."""
-    return max(1, min(cores.usable, _physical(cores)) // ranks)
+    return max(1, busy_cores(cores) // ranks)
+
+
+def busy_cores(cores: Cores) -> int:
+    """The number of physical cores that can be kept busy; two threads on one are no faster."""
+    import psutil
+
+    return min(cores.usable, psutil.cpu_count(logical=False) or cores.machine)
 
 
 def explain_threads(cores: Cores, environment: Mapping[str, str], threads: int) -> str:
@@ -108,13 +119,6 @@ def _why(cores: Cores, environment: Mapping[str, str]) -> str:
 def _ranks_here(environment: Mapping[str, str]) -> int:
     value = environment.get(_RANKS_HERE, "")
     return max(1, int(value)) if value.isascii() and value.isdigit() else 1
-
-
-def _physical(cores: Cores) -> int:
-    """The number of physical cores, which torch uses; two threads on one are no faster."""
-    import psutil
-
-    return psutil.cpu_count(logical=False) or cores.machine
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -210,6 +210,7 @@ def _study(
 
     processes.follow_first()
     if os.environ.get("RANK", "0") != "0":  # rank 0 alone prints
+        options = replace(options, json=False, quiet=True)  # with `json`, sentences go to standard error
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     from rlcs.data.source_options import both_parts
 
@@ -223,7 +224,7 @@ def _study(
     folder = options.out or Path("runs") / (recipe.name if wanted is None else f"{recipe.name}-coldstart")
     recipe = recipe if wanted is None else prepared(recipe)
     cores, again = find_cores(), processes.typed()
-    count = processes.number_of(recipe, cores, os.environ) if again and not options.dry_run else 1
+    count = processes.number_of(recipe, cores, os.environ) if again else 1
     if not options.json:
         from rlcs.recipe.table import summary_rows
 
@@ -245,7 +246,12 @@ def _run(
     ranks: "Ranks",
 ) -> None:
     """Read the data, meet the other ranks, and train."""
+    from rlcs.pipeline.run_folder import claim
+
+    if wanted is None and seeds == 1:
+        claim(folder, recipe, dry=True)  # before images of the data are written there
     data = _data(recipe, folder, dry=options.dry_run, json=options.json)
+    ranks.reads_data = False
 
     from rlcs.distributed import join_world
     from rlcs.model.loading import use_expandable_segments

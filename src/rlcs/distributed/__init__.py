@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rlcs.cores import OWN, STARTED
+from rlcs.cores import MEETING, OWN, STARTED
 from rlcs.distributed.peers import Meeting, Peers
 from rlcs.errors import RlcsError, TrainingError, UserError
 from rlcs.recipe.execution import ranks_per_copy
@@ -176,14 +176,17 @@ def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[W
         yield ALONE
         return
     limit = timedelta(seconds=timeout_s)
-    device = _device(int(os.environ["LOCAL_RANK"]))
+    is_own = os.environ[STARTED] == OWN
+    device = _device(
+        int(os.environ["LOCAL_RANK"]), "parallel.processes" if is_own else "torchrun --nproc-per-node"
+    )
     rank = int(os.environ["RANK"])
-    if shard_size is None and device.type == "cpu" and os.environ[STARTED] == OWN:
+    if shard_size is None and device.type == "cpu" and is_own:
         shard_size = 1
     shards = ranks_per_copy(int(os.environ["WORLD_SIZE"]), shard_size)
     try:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backends, timeout=limit)
+        dist.init_process_group(backends, timeout=limit, **(_own_meeting() if is_own else {}))
         objects = dist.new_group(backend="gloo", timeout=limit)
         patient = dist.new_group(backend="gloo", timeout=LONGEST_RANK_0_WORK)
         with _watched(rank, objects):
@@ -204,6 +207,15 @@ def join_world(*, timeout_s: float, shard_size: int | None = None) -> Iterator[W
             f"rank {rank} lost the others: one of them ended, or did not answer within {timeout_s:g} s",
             fix="its own message says why; the same command continues from the last checkpoint",
         ) from error
+
+
+def _own_meeting() -> dict[str, Any]:
+    """How ranks that `rlcs` has started find each other.
+
+    By a file, since a port that was free when they were started may not be when they meet.
+    """
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    return {"init_method": f"file://{os.environ[MEETING]}", "world_size": size, "rank": rank}
 
 
 def _local_size() -> int:
@@ -235,15 +247,16 @@ def visible_gpus() -> list[str]:
     return named or [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _device(local_rank: int) -> torch.device:
+def _device(local_rank: int, where: str) -> torch.device:
+    """The device of a rank. Raises UserError on all ranks of a machine with fewer GPUs; the first says so."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"{local_rank + 1} processes or more, but {torch.cuda.device_count()} GPUs",
-            where="torchrun --nproc-per-node",
-            fix="start one process for each GPU",
-        )
+    ranks = max(_local_size(), local_rank + 1)
+    if ranks > torch.cuda.device_count():
+        what = f"{ranks} processes, but {torch.cuda.device_count()} GPUs"
+        error = UserError(what, where=where, fix="start one process for each GPU")
+        error.reported = local_rank > 0
+        raise error
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -198,8 +198,10 @@ def load(
     config, processor, family = _load_description(settings)
     if four_bit:
         if world.grouped:
-            fix = "start without `torchrun`, or set lora.four_bit=false"
-            raise UserError("4-bit weights cannot be spread over processes", where="lora.four_bit", fix=fix)
+            fix = "start one process (parallel.processes=1, no `torchrun`), or set lora.four_bit=false"
+            error = UserError("4-bit weights cannot be spread over processes", where="lora.four_bit", fix=fix)
+            error.reported = world.rank > 0
+            raise error
         options |= adapters.four_bit(dtype, device, experts=family.experts is not None)
     if getattr(config, "quantization_config", {}).get("quant_method") == "compressed-tensors":
         if find_spec("compressed_tensors") is None:

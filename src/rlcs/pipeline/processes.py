@@ -6,18 +6,19 @@ every further rank, each of which has a copy of the model (`model.copies`).
 """
 
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-from rlcs.cores import OWN, STARTED, Cores, threads_chosen, threads_of_each
+from rlcs.cores import MEETING, OWN, STARTED, Cores, busy_cores, threads_chosen, threads_of_each
 from rlcs.errors import RlcsError
 from rlcs.model.source import find_source
 from rlcs.recipe.schema import Recipe
@@ -59,7 +60,7 @@ def number_of(recipe: Recipe, cores: Cores, environment: Mapping[str, str]) -> i
     if not 0 < size <= LARGEST_WEIGHTS:
         return 1
     fit = int(MEMORY_SHARE * psutil.virtual_memory().available / (PROCESS_BYTES + COPIES * size))
-    return max(1, min(cores.usable, fit, recipe.grpo.prompts_per_step, recipe.sft.batch_size))
+    return max(1, min(busy_cores(cores), fit, recipe.grpo.prompts_per_step, recipe.sft.batch_size))
 
 
 def described(count: int, cores: Cores, environment: Mapping[str, str]) -> str:
@@ -99,8 +100,10 @@ class Ranks:
     def __init__(self) -> None:
         """None yet."""
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.reads_data = True
+        """Until the data is read: the same work on all ranks, with the same mistakes, which rank 0 tells."""
         self.have_met = False
-        """To be set when all ranks have joined: then they agree about errors, and end by themselves."""
+        """Whether all ranks have joined: then they agree about errors, and end by themselves."""
         self._ending = threading.Event()
 
     def start(self, rank: int, words: Sequence[str]) -> None:
@@ -112,6 +115,7 @@ class Ranks:
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+                "PYTHONWARNINGS": "ignore",  # rank 0 warns
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
             },
@@ -121,8 +125,16 @@ class Ranks:
 
     def _watch(self, process: "subprocess.Popen[bytes]", rank: int) -> None:
         code = process.wait()
-        if code and not self._ending.wait(_NOTICE_S):
-            sys.stderr.write(f"error: rank {rank} of this run has ended with exit code {code}\n")
+        while code > 0 and self.reads_data and not self._ending.wait(1.0):
+            pass  # rank 0 makes the same mistake
+        patience = 0.0 if code < 0 and not self.have_met else _NOTICE_S
+        if code and not self._ending.wait(patience):
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            sys.stderr.write(
+                f"error: rank {rank} of this run {how}\n"
+                "  -> the same command continues from the last checkpoint; where memory ran out, with "
+                "parallel.processes=1\n"
+            )
             sys.stderr.flush()
             os._exit(1)  # the main thread may wait for it in native code
 
@@ -149,11 +161,12 @@ def started(count: int, words: Sequence[str], cores: Cores) -> Iterator[Ranks]:
     if count == 1:
         try:
             yield ranks
-        except RlcsError as error:  # before the ranks have met, rank 0 makes the same mistake, and says so
-            error.reported |= _is_follower() and not ranks.have_met
+        except RlcsError as error:
+            error.reported |= _is_follower() and ranks.reads_data
             raise
         return
-    settings = environment(count, cores, os.environ)
+    folder = tempfile.mkdtemp(prefix="rlcs-")
+    settings = environment(count, cores, os.environ, meeting=f"{folder}/ranks")
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     failed = True
@@ -168,12 +181,11 @@ def started(count: int, words: Sequence[str], cores: Cores) -> Iterator[Ranks]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def environment(count: int, cores: Cores, given: Mapping[str, str]) -> dict[str, str]:
-    """The variables of rank 0, and those that all ranks share."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        port = server.getsockname()[1]
+def environment(count: int, cores: Cores, given: Mapping[str, str], *, meeting: str) -> dict[str, str]:
+    """The variables of rank 0 and those that all ranks share; `meeting` names a file that is not there."""
     own = {} if threads_chosen(given) else {"OMP_NUM_THREADS": str(threads_of_each(cores, count))}
     return own | {
         STARTED: OWN,
@@ -181,8 +193,7 @@ def environment(count: int, cores: Cores, given: Mapping[str, str]) -> dict[str,
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        MEETING: meeting,
         "GLOO_SOCKET_IFNAME": given.get("GLOO_SOCKET_IFNAME", _LOOPBACK),  # a host may not know its own name
     }
 

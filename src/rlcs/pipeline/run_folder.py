@@ -54,7 +54,7 @@ MEMORY = frozenset(
     {
         *("sft.pack_tokens", "grpo.pack_tokens", "grpo.max_rows", "eval.max_rows", "rollout.memory_share"),
         *("model.gradient_checkpointing", "model.fused_loss"),
-        *("parallel.reshard_after_forward", "parallel.cpu_offload"),
+        *("parallel.reshard_after_forward", "parallel.cpu_offload", "parallel.processes"),
     }
 )
 """Keys that say how much memory is used, and change results by rounding alone: a run whose memory ran out may

@@ -64,7 +64,7 @@ def averaged(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     for arm in first["arms"]:
         scores = [summary["arms"][arm] for summary in summaries.values()]
         accuracy, n = sum(score["accuracy"] for score in scores) / len(scores), scores[0]["n"]
-        arms[arm] = {**with_interval(accuracy, n), "n": n}
+        arms[arm] = {**with_interval(accuracy, n), "n": n, "unscored": sum(s["unscored"] for s in scores)}
     return {
         "name": first["name"],
         "arms": arms,

@@ -25,7 +25,8 @@ def memory_advice(recipe: Recipe, world: World) -> Iterator[None]:
     except OutOfMemory as error:
         advice = ""
         with suppress(RlcsError):
-            advice = shortage_advice(recipe, error.where, _machine(world), trainers=world.size)
+            trainers = 1 if world.has_copies else world.size
+            advice = shortage_advice(recipe, error.where, _machine(world), trainers=trainers)
         # What vLLM needs more of, or less, only its own message says.
         known = error.fix if SHARE in error.fix or not advice else ""
         fix = "\n     ".join(filter(None, (known, advice, GO_ON if advice else "")))

@@ -303,7 +303,7 @@ def _parallel(parallel: Parallel) -> str:
     formats = f"{parallel.compute_dtype} compute and {parallel.reduce_dtype} reduce precision"
     offload = ", shards and AdamW in main memory" if parallel.cpu_offload else ""
     group = f"one copy for every {parallel.shard_size} ranks, " if parallel.shard_size else ""
-    return f"under torchrun: {group}{formats}, gathered layers {freed} after the forward pass{offload}"
+    return f"{group}{formats}, gathered layers {freed} after the forward pass{offload}"
 
 
 def _optimizer(optimizer: Optimizer) -> str:
