@@ -54,6 +54,10 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_small_model_has_a_process_for_each_core(free, monkeypatch):
     assert count_of() == 4
     assert count_of(cores=Cores(machine=8, allowed=8, quota=1.5)) == 2
+    assert count_of(cores=Cores(machine=1, allowed=1)) == 1
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 64)
+    assert count_of(cores=Cores(machine=64, allowed=64)) == 8
+    assert count_of("sft.batch_size=3", cores=Cores(machine=64, allowed=64)) == 3
     monkeypatch.setattr("psutil.cpu_count", lambda logical: 2)
     assert count_of() == 2, "two threads on one core are no faster"
 
@@ -65,7 +69,6 @@ def test_the_threads_that_a_quota_sets_are_not_the_user_s(free):
     shared = processes.environment(2, cores, thread_settings(cores, {}), meeting="x")
     assert shared["OMP_NUM_THREADS"] == "1"
     assert "OMP_NUM_THREADS" not in processes.environment(2, cores, {"OMP_NUM_THREADS": "3"}, meeting="x")
-    assert count_of(cores=Cores(machine=1, allowed=1)) == 1
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ COPIES = 5
 """Copies of the weights in a process: weights, gradients, AdamW's two moments, the reference."""
 MEMORY_SHARE = 0.5
 """Largest share of the free memory that all processes may take."""
+MOST = 8
+"""Processes at most: each pays the whole cost of a pass, however few problems it has."""
 _GRACE_S = 5.0
 """Seconds in which the other ranks end by themselves after rank 0 has failed."""
 _NOTICE_S = 30.0
@@ -60,7 +62,7 @@ def number_of(recipe: Recipe, cores: Cores, environment: Mapping[str, str]) -> i
     if not 0 < size <= LARGEST_WEIGHTS:
         return 1
     fit = int(MEMORY_SHARE * psutil.virtual_memory().available / (PROCESS_BYTES + COPIES * size))
-    return max(1, min(busy_cores(cores), fit, recipe.grpo.prompts_per_step, recipe.sft.batch_size))
+    return max(1, min(busy_cores(cores), MOST, fit, recipe.grpo.prompts_per_step, recipe.sft.batch_size))
 
 
 def described(count: int, cores: Cores, environment: Mapping[str, str]) -> str:
