@@ -94,6 +94,11 @@ def test_what_the_user_and_torchrun_decide_counts_more(free):
     assert count_of("parallel.processes=3", TORCHELASTIC_RUN_ID="x") == 1
 
 
+def test_one_where_it_was_not_tried(free, monkeypatch):
+    monkeypatch.setattr(processes.sys, "platform", "darwin")
+    assert count_of() == 1 and count_of("parallel.processes=2") == 2
+
+
 def test_no_more_than_fit_into_memory(free, monkeypatch):
     memory = psutil.virtual_memory()._replace(available=7 << 30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)

@@ -44,14 +44,16 @@ def number_of(recipe: Recipe, cores: Cores, environment: Mapping[str, str]) -> i
     """The number of processes that share a run of this recipe: `parallel.processes`, or what suits it.
 
     One where ranks are started already, where there may be GPUs, where the user has chosen the number of
-    threads, and for models that are large, unknown before they are loaded, or computed by other programs.
+    threads, elsewhere than on Linux, and for models that are large, unknown before they are loaded, or
+    computed by other programs.
     """
     if STARTED in environment:
         return 1
     if recipe.parallel.processes != "auto":
         return recipe.parallel.processes
     needs_one = (
-        recipe.rollout.engine != "local"
+        sys.platform != "linux"  # where it was not tried
+        or recipe.rollout.engine != "local"
         or any(recipe.parallel.of_shards.values())
         or recipe.grpo.teacher.model is not None
         or recipe.lora.four_bit

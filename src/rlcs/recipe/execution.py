@@ -39,10 +39,10 @@ class Parallel(Section):
 
     processes: Positive | Literal["auto"] = "auto"
     """Processes of this machine, each with its share of the cores, where no `torchrun` starts them. `auto`:
-    one for each physical core on CPUs, eight at most and as many as fit into memory, for a model of up to
-    1 GiB that is on the disk and is sampled by the local engine; else, or with `OMP_NUM_THREADS` set, one.
-    On CPUs each has a copy of the model, unless other keys here ask for shards. Results change by rounding
-    alone."""
+    on Linux without GPUs one for each physical core, eight at most and as many as fit into memory, for a
+    model of up to 1 GiB that is on the disk and is sampled by the local engine; else, or with
+    `OMP_NUM_THREADS` set, one. On CPUs each has a copy of the model, unless other keys here ask for shards.
+    Results change by rounding alone."""
     compute_dtype: Literal["same", "bfloat16", "float32"] = "same"
     """Number format of gathered weights and activations; `same`: that of `model.dtype`. With
     `model.dtype=float32` and `bfloat16` here, weights and optimiser stay exact and the work is fast."""
