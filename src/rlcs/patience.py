@@ -22,13 +22,8 @@ LONGEST = 20
 LOOKS = 10
 """A process that has not worked in so many looks in a row counts as waiting, whatever its state."""
 _LEAST_SHARE = 0.02  # of a core: processes that use less, and could use more, wait for something
-_NOT_BY_CHOICE = {
-    psutil.STATUS_RUNNING,
-    psutil.STATUS_WAKING,
-    psutil.STATUS_DISK_SLEEP,
-    psutil.STATUS_STOPPED,
-    psutil.STATUS_TRACING_STOP,
-}
+_STOPPED = {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
+_NOT_BY_CHOICE = {psutil.STATUS_RUNNING, psutil.STATUS_WAKING, psutil.STATUS_DISK_SLEEP, *_STOPPED}
 """States of a process that would go on if the machine let it."""
 
 
@@ -38,8 +33,9 @@ class OwnTime:
     What counts is their CPU time, and time in which all of them wait by choice (asleep, or for a reply), but
     never more than the time that passed. Time in which one could run and did not (the cores are busy, it was
     stopped, its disk is slow) does not count, unless that one has not run in the last LOOKS looks; nor does
-    time in which this process itself could not look. Where states of processes cannot be read (not Linux),
-    time that passes counts.
+    time in which this process itself could not look. Where one was stopped for as many looks, all time
+    counts, whatever the others do. Where states of processes cannot be read (not Linux), time that passes
+    counts.
     """
 
     def __init__(
@@ -68,7 +64,7 @@ class OwnTime:
 
     def _counted(self, passed: float) -> float:
         """The part of the time since the last look that counts."""
-        before, waits, used = self._seen, True, 0.0
+        before, waits, is_stopped, used = self._seen, True, False, 0.0
         self._seen = {}
         for process in _tree(self._pid) if self._pid is not None else ():
             with suppress(psutil.Error):
@@ -78,8 +74,11 @@ class OwnTime:
                 idle = 0 if last is None or has_run else last.idle + 1
                 self._seen[process.pid] = _Seen(cpu=cpu, switches=switches, idle=idle)
                 used += 0.0 if last is None else cpu - last.cpu
-                waits = waits and (idle > LOOKS or process.status() not in _NOT_BY_CHOICE)
-        return min(passed, 2 * self.tick_s if waits and used < _LEAST_SHARE * passed else used)
+                status = process.status()
+                waits = waits and (idle > LOOKS or status not in _NOT_BY_CHOICE)
+                is_stopped = is_stopped or (idle > LOOKS and status in _STOPPED)
+        waits = waits and used < _LEAST_SHARE * passed
+        return min(passed, 2 * self.tick_s if waits or is_stopped else used)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
