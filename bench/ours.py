@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.meter import Meter
 from bench.shapes import SEED, Case, grpo_settings, rewards
+from bench.sides import asked
 from rlcs.data.stream import ProblemStream
 from rlcs.distributed import ALONE, World, join_world
 from rlcs.engines import decoding
@@ -125,15 +126,11 @@ def _steps(pipe: Connection | None, case: Case, world: World) -> None:
     )
     collector = Collector(context, stream, settings, sampling)
 
-    def asked() -> bool:
-        assert pipe is not None, "only the first rank is asked"
-        return bool(pipe.recv())
-
     if pipe is not None:
         pipe.send("ready")
     with ForcedLengths(case, context.chat.end_id).installed():
         for step in range(case.steps):
-            memory = world.first(asked)
+            memory = bool(asked(pipe, world))
             with Meter(memory=memory, cpu_time=case.cpu_time) as meter:
                 clock = MeterClock(meter)
                 learner = Learner(trainer, context, settings, clock)

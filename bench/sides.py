@@ -13,6 +13,7 @@ from typing import Any
 from bench.meter import Measured
 from bench.shapes import Case
 from rlcs.cores import find_cores
+from rlcs.distributed import World
 from rlcs.pipeline.processes import environment
 
 WAIT_S = 600.0
@@ -75,6 +76,16 @@ def run_rank(target: Any, pipe: Connection | None, work: Any, variables: dict[st
     """One of the processes of a side; only the first one has the pipe."""
     os.environ.update(variables)
     target(pipe, work)
+
+
+def asked(pipe: Connection | None, world: World) -> Any:
+    """What the first rank, which has the pipe, is told next: on every rank."""
+
+    def next_word() -> Any:
+        assert pipe is not None, "only the first rank is asked"
+        return pipe.recv()
+
+    return world.first(next_word)
 
 
 def answer(pipe: Connection) -> Any:

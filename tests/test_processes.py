@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def test_a_run_by_two_processes_is_stopped_and_finished_by_three(tmp_path):
         rank.wait(30)
     assert process.returncode == 130, error
     assert error.count("stopped as asked") == 1 and "the same command continues" in error
-    assert "processes" in said and "2, with 1 thread each" in said
+    assert re.search(r"processes +2, with \d+ threads? each", said)
     with begun(run, "--json", count=3) as process:
         said, error = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, error
@@ -262,7 +263,7 @@ def test_where_one_is_killed_the_other_ends(tmp_path, killed):
         rank.wait(60)
     assert process.returncode == (-signal.SIGKILL if killed == "the first" else 1)
     if killed == "the second":
-        assert "rank 0 lost the others" in error or "rank 1 has ended" in error
+        assert "rank 0 lost the others" in error or "rank 1 of this run" in error
         assert "the same command continues" in error
 
 
@@ -278,8 +279,7 @@ def test_a_mistake_is_told_once_and_at_once(tmp_path):
 
 
 ALONE_FAILS = """
-import os, sys, time
-sys.argv[0] = "/bin/rlcs"
+import os
 if os.environ.get("RANK") == "1":
     import rlcs.distributed
     from rlcs.errors import UserError
@@ -332,5 +332,5 @@ def test_a_dry_run_tries_what_a_run_does(tmp_path):
     with begun(tmp_path / "run", "--dry-run") as process:
         said, error = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, error
-    assert "2, with 1 thread each" in said and said.count("checks passed") == 1
+    assert re.search(r"processes +2, with \d+ threads? each", said) and said.count("checks passed") == 1
     assert not (tmp_path / "run").exists()

@@ -155,10 +155,8 @@ def test_models_health_and_metrics(server, client):
     names |= {f"rlcs_{name}" for name in ("requests_active", "engine_running", "engine_waiting")}
     assert names <= set(before), "before anything has happened, too"
     counter, end = 'rlcs_requests_total{code="200"}', time.monotonic() + 30
-    while (
-        after.get(counter) == before.get(counter) and time.monotonic() < end
-    ):  # a reply is counted once sent
-        after = metrics(server)
+    while after.get(counter) == before.get(counter) and time.monotonic() < end:
+        after = metrics(server)  # a reply is counted when it was sent
     assert after[counter] == before.get(counter, 0) + 1
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsPro
 from bench.ours import WAIT_S
 from bench.pairs import Options, Pair, in_turns, row
 from bench.shapes import SEED, THREADS
-from bench.sides import answer, start
+from bench.sides import answer, asked, start
 from bench.table import Row
 from rlcs.data import puzzles
 from rlcs.distributed import join_world
@@ -71,11 +71,7 @@ def sample_in_ranks(pipe: Connection | None, options: Options) -> None:
         torch.set_num_threads(1 if options.cpu_time else THREADS // world.size)
         work = make_work(options)
 
-        def asked() -> int:
-            assert pipe is not None, "only the first rank is asked"
-            return int(pipe.recv())
-
-        while size := world.first(asked):
+        while size := asked(pipe, world):
             sample = partial(ours, work, size // world.size)
             groups = shared(sample, work.prompts, lambda prompt: len(prompt.ids), world)
             if pipe is not None:

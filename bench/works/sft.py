@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling, SFTTr
 from bench.ours import WAIT_S
 from bench.pairs import Options, in_turns, row
 from bench.shapes import SEED, THREADS, drawn_image
-from bench.sides import answer, start
+from bench.sides import answer, asked, start
 from bench.table import Row
 from rlcs.distributed import World, join_world
 from rlcs.model import loading
@@ -86,13 +86,9 @@ def epochs_in_ranks(pipe: Connection | None, work: Work) -> None:
     with join_world(timeout_s=WAIT_S) as world:
         torch.set_num_threads(1 if work.options.cpu_time else THREADS // world.size)
 
-        def asked() -> str:
-            assert pipe is not None, "only the first rank is asked"
-            return str(pipe.recv())
-
         # What epochs start from is made before the clock runs.
         epochs = [ours(work, world) for _ in range(1 + work.options.rounds)]
-        while world.first(asked) == "go":
+        while asked(pipe, world) == "go":
             done = epochs.pop()()
             if pipe is not None:
                 pipe.send(done)
