@@ -162,6 +162,7 @@ def train(job: dict, world: World, shared: MakeEngine | None = None) -> None:
                     overlap=job.get("overlap", "none"),
                     feature_bytes=job.get("feature_bytes", 1 << 30),
                     checks=job.get("checks", 0),
+                    drafts=True,
                     demonstrations=demonstrations(10),
                     teacher=teacher,
                 )

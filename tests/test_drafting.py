@@ -22,18 +22,20 @@ from rlcs.records.trees import Branch, Tree
 
 FREE = 1e9
 """A pass that costs so much that any draft is worth its tokens."""
+ABOUT = 1 << 40
+"""A question; answers to others have the numbers after it."""
 
 
 def drafter(*texts, cost=FREE):
     made = Drafter(cost)
-    for text in texts:
+    for about, text in enumerate(texts, ABOUT + 1):
         for end in range(1, len(text) + 1):
-            made.learn(text[:end])
+            made.learn(text[:end], about)
     return made
 
 
-def drafted(made, ids, *, branches=1, most=8, never=()):
-    return made.draft(ids, branches=branches, most=most, never=never)
+def drafted(made, ids, about=ABOUT, *, branches=1, most=8, never=()):
+    return made.draft(ids, about, branches=branches, most=most, never=never)
 
 
 def test_a_draft_is_what_followed_the_longest_run_of_the_same_tokens():
@@ -42,6 +44,18 @@ def test_a_draft_is_what_followed_the_longest_run_of_the_same_tokens():
     assert drafted(made, [9, 2, 3], most=2) == [7, 8]
     assert drafted(made, [0, 2, 3], most=1) == [7], "the latest, where both are equally long"
     assert drafted(made, [55]) == [] == drafted(made, []) == drafted(Drafter(FREE), [1, 2])
+
+
+def test_answers_to_the_same_question_come_first_and_those_of_before_count():
+    made = drafter([*range(50, 60), 1, 2], [*range(50, 60), 7, 8])
+    assert drafted(made, [*range(50, 60)]) == [7, 8], "the latest of all"
+    assert drafted(made, [*range(50, 60)], ABOUT + 1) == [1, 2], "of this question"
+    made.recall([3, 50, 51, 4], ABOUT)
+    assert drafted(made, []) == [3, 50, 51, 4], "from the beginning"
+    assert drafted(made, [9, 50, 51], most=1) == [52], "what is not as it was is found elsewhere"
+    for _ in range(9):
+        made.learn([3, 50, 51, 5], ABOUT)
+    assert drafted(made, [3, 50, 51]) == [5], "what is said now replaces what was said before"
 
 
 def test_a_draft_ends_at_the_limit_and_before_what_ends_answers():
@@ -54,10 +68,10 @@ def test_a_draft_ends_at_the_limit_and_before_what_ends_answers():
 
 def test_drafts_are_as_long_as_they_were_right_and_as_a_pass_is_dear():
     steady, fickle = [1, 2, 3, 4] * 20, [5, 6, 7, 5, 8, 7, 6, 5, 7, 8, 6, 8, 5, 5, 6, 8, 7, 7]
-    made = drafter(steady, fickle, cost=50)
-    assert len(drafted(made, steady)) == drafting.MOST_TOKENS
-    assert len(drafted(made, fickle, branches=1)) > len(drafted(made, fickle, branches=200)) == 0
-    assert drafted(drafter(steady, cost=0.001), steady, branches=200) == [], "a pass costs its tokens alone"
+    made, first, second = drafter(steady, fickle, cost=50), ABOUT + 1, ABOUT + 2
+    assert len(drafted(made, steady, first)) == drafting.MOST_TOKENS
+    assert len(drafted(made, fickle, second)) > len(drafted(made, fickle, second, branches=200)) == 0
+    assert drafted(drafter(steady, cost=0.001), steady, first, branches=200) == [], "a pass costs its tokens"
 
 
 def test_memory_is_bounded(monkeypatch):
@@ -65,6 +79,17 @@ def test_memory_is_bounded(monkeypatch):
     made = drafter(range(1000))
     assert len(made._continuations) <= 100 + len(drafting.ORDERS)
     assert drafted(made, [997], most=1) == [998]
+
+
+def test_what_was_recalled_outlives_what_is_forgotten(monkeypatch):
+    monkeypatch.setattr(drafting, "MOST_CONTEXTS", 100)
+    made = Drafter(FREE)
+    made.recall([1, 2, 3], ABOUT)
+    made.recall([5] * 60, ABOUT + 1)  # more than half: left out
+    for end in range(1, 1000):
+        made.learn(range(100, 100 + end), ABOUT + 2)
+    assert drafted(made, [1]) == [2, 3] and len(made._continuations) <= 100 + len(drafting.ORDERS)
+    assert drafted(made, [5], ABOUT + 1) == []
 
 
 def test_a_pass_is_dear_for_small_models_and_on_gpus(vlm):
@@ -77,8 +102,8 @@ def test_a_pass_is_dear_for_small_models_and_on_gpus(vlm):
 class Wanton(Drafter):
     """Drafts at every occasion: what is likely, also the end, and behind it nonsense."""
 
-    def draft(self, ids, *, branches, most, never):
-        found = super().draft(ids, branches=1, most=most, never=())
+    def draft(self, ids, about, *, branches, most, never):
+        found = super().draft(ids, about, branches=1, most=most, never=())
         return [*found[: len(ids) % 4], 7 + len(ids) % 50][: max(0, most)]
 
 

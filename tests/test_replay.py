@@ -17,6 +17,7 @@ from rlcs.signals import StopFlag
 from rlcs.storage import read_json, write_json
 from rlcs.train import collapse
 from rlcs.train.collapse import Crossing
+from rlcs.train.earlier import EarlierAnswers
 
 SHORT = (
     "data.rl=builtin:puzzles?count=40&seed=2&levels=1", "data.test=builtin:puzzles?split=test&count=2&seed=3",
@@ -48,9 +49,17 @@ def test_the_unchanged_replay_collapses_and_the_right_change_prevents_it(run, mo
     assert "--replay" in before.fix and crossing["name"] in before.message
     files = sorted(path for path in run.rglob("*"))
 
+    drafted_from, logged = [], EarlierAnswers._logged
+
+    def noted(self, folder, step):
+        drafted_from.append((folder.parent.parent.parent, logged(self, folder, step)))
+        return drafted_from[-1][1]
+
+    monkeypatch.setattr(EarlierAnswers, "_logged", noted)
     monkeypatch.setattr(replay, "changes", few)
     done = rlcs("doctor", run, "--replay")
     assert done.returncode == 0, done
+    assert len(drafted_from) == 3 and all(at == run and answers for at, answers in drafted_from)
     result = read_json(run / "grpo" / "collapse" / f"step-{crossing['step']:06d}" / "replay.json")
     unchanged, tenth, policy = result["outcomes"]
     assert result["repeats"] and not unchanged["held"]

@@ -346,7 +346,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(random_model_folder, demonstr
 # --- GRPO ----------------------------------------------------------------------------------------
 
 
-def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
+def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10, engine=LocalEngine):
     vlm, chat = fresh(source)
     problems = puzzles.load("puzzles", split="train", count=count, seed=5)
     reference = grpo.frozen_copy(vlm) if settings.kl.active else None
@@ -354,8 +354,9 @@ def run_grpo(source, folder, settings, *, stop_at=None, grader=None, count=10):
         vlm=vlm,
         reference=reference,
         chat=chat,
-        engine=LocalEngine(vlm, chat, max_rows=8),
+        engine=engine(vlm, chat, max_rows=8),
         grader=grader or LengthGrader(),
+        drafts=True,
     )
     with StopFlag() as stop, screen("grpo", settings.steps, quiet=True) as view:
         stage = RunDir(folder, name="grpo", seed=3, settings=settings, recipe_hash="h")
@@ -404,6 +405,24 @@ def test_grpo_stopped_and_continued_equals_the_unbroken_run(random_model_folder,
         assert any(row["masked_share"] > 0 for row in rows)
     for path in (tmp_path / "a" / "rollouts").glob("step-*.jsonl"):
         assert path.read_text() == (tmp_path / "b" / "rollouts" / path.name).read_text()
+
+
+def test_problems_that_come_again_bring_their_answers_also_after_a_stop(random_model_folder, tmp_path):
+    settings, brought = Grpo(**SMALL), []
+
+    class Noting(LocalEngine):
+        def sample(self, prompts, sampling, *, step=0, **options):
+            brought.append([(step, prompt.problem_id, prompt.earlier) for prompt in prompts])
+            return super().sample(prompts, sampling, step=step, **options)
+
+    run_grpo(random_model_folder, tmp_path / "a", settings, engine=Noting, count=4)
+    unbroken = brought.copy()
+    with pytest.raises(Stopped):
+        run_grpo(random_model_folder, tmp_path / "b", settings, stop_at=1, engine=Noting, count=4)
+    brought.clear()
+    run_grpo(random_model_folder, tmp_path / "b", settings, engine=Noting, count=4)
+    assert unbroken[1:] == brought and len(brought) == 2
+    assert not any(text for *_, text in unbroken[0]) and any(text for *_, text in unbroken[1])
 
 
 def test_grpo_does_not_depend_on_the_pack_budget(random_model_folder, tmp_path):

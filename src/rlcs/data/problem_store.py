@@ -13,6 +13,8 @@ from rlcs.records import ImageRef, Problem, to_row
 from rlcs.storage import append_jsonl, atomic_write, read_jsonl
 
 PROBLEMS = "problems.jsonl"
+ROLLOUTS = "rollouts"
+"""The folder of a stage with its rollouts and their problems."""
 SMALL_SIDE = 512
 """Pixels of the longer side of a small copy."""
 _SMALL_BYTES = 32_000

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from rlcs.engines.detokenizer import Detokenizer
 from rlcs.records import Prompt, Sampling, StopReason
@@ -46,6 +47,13 @@ class DecodeRequest:
     cancelled: bool = False
     rows: list["Row"] = field(default_factory=list, repr=False)
     routes: bytes = b""
+    number: int = field(init=False)
+    """Stands for the problem and the prompt's words in drafts: above the ids of all tokens."""
+
+    def __post_init__(self) -> None:
+        """Number the problem and the prompt's words."""
+        question = crc32(self.prompt.problem_id.encode(errors="replace")), self.prompt.ids
+        self.number = 1 << 40 | hash(question) & 0xFFFFFFFF
 
     @property
     def max_tokens(self) -> int:

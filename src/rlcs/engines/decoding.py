@@ -134,6 +134,9 @@ class DecodingBatch:
             branch.rows.append(Row(index=index, seed=seed, branch=branch, detokenizer=detokenizer))
         request.rows += branch.rows
         self._branches.append(branch)
+        if prompt.earlier:
+            ids = self._chat.text_ids(prompt.earlier)
+            self._drafter.recall(ids[: sampling.max_new_tokens], request.number)
 
     def _computed(self, *inputs: Tensor, **keywords: Any) -> tuple[Tensor, list[bytes]]:
         """The `hidden_states` of tokens, and the experts that computed each, if they are to be kept."""
@@ -236,7 +239,7 @@ class DecodingBatch:
                 if not parting:
                     branch.rows = [rows[column] for column in columns]
                 one.take(token, numbers[first], likely)
-                self._drafter.learn(one.ids)
+                self._drafter.learn(one.ids, branch.request.number)
                 if parting and not one.ended:
                     live.append(one)
             if branch.ended or token != drafted:
@@ -293,6 +296,7 @@ class DecodingBatch:
         sampling = branch.request.sampling
         return self._drafter.draft(
             branch.ids,
+            branch.request.number,
             branches=len(self._branches),
             most=sampling.max_new_tokens - len(branch.ids) - 1,
             never=sampling.stop_ids,

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rlcs.data.problem_store import ROLLOUTS
 from rlcs.data.run_data import RunData
 from rlcs.distributed import ALONE, World
 from rlcs.errors import RlcsError, UserError
@@ -42,6 +43,7 @@ from rlcs.train.collapse import (
     last_mean,
     read_batch,
 )
+from rlcs.train.rollout_log import file_of
 
 _OWN = ("recipe.yaml", "logs", "rollout", "report", "judge", "summary.json", LOCK)
 """What a replay has of its own; all else of the run's folder is linked."""
@@ -248,7 +250,7 @@ class Replay:
         )
 
     def _link(self, folder: Path) -> None:
-        """Link the models and data that the stage began with, and the checkpoint with its metrics."""
+        """Link what the stage began with, and the checkpoint with the metrics and rollouts up to it."""
         run, arm, step = self.collapse.run, self.collapse.arm, self.collapse.crossing.checkpoint
         for path in run.iterdir():
             if path.name not in (*_OWN, arm) and not path.name.startswith("."):
@@ -257,6 +259,10 @@ class Replay:
             checkpoint = Path(arm) / "checkpoints" / f"step-{step:06d}"
             (folder / checkpoint).parent.mkdir(parents=True)
             (folder / checkpoint).symlink_to((run / checkpoint).resolve())
+            (folder / arm / ROLLOUTS).mkdir()
+            for path in (run / arm / ROLLOUTS / file_of(number) for number in range(1, step + 1)):
+                if path.exists():  # the engine drafts from it
+                    (folder / arm / ROLLOUTS / path.name).symlink_to(path.resolve())
             rows = read_jsonl(run / arm / "metrics.jsonl")
             write_jsonl(folder / arm / "metrics.jsonl", [row for row in rows if row["step"] <= step])
 

@@ -376,6 +376,7 @@ class Study:
                 overlap=recipe.overlap,
                 feature_bytes=int(recipe.images.features_gb * 2**30),
                 checks=recipe.rollout.checks,
+                drafts=recipe.rollout.engine == "local",
                 demonstrations=demonstrations,
                 turns=recipe.sft.turns,
                 teacher=teacher,

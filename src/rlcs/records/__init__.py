@@ -200,6 +200,7 @@ class Prompt:
     of `ids` that its placeholders fill, of length frames * height * width / merge_size**2.
     `replies` are the half-open ranges of `ids` that earlier assistant turns wrote, with their end tokens.
     `positions`: see `Positions`. `repeat` counts the earlier prompts of the same problem in the same step.
+    `earlier` is what the problem was answered before: an engine may draft from it, which changes no answer.
     """
 
     problem_id: str
@@ -212,6 +213,7 @@ class Prompt:
     replies: tuple[tuple[int, int], ...] = ()
     positions: Positions = "grid"
     repeat: int = 0
+    earlier: str = ""
 
     def __post_init__(self) -> None:
         """Check that every span is as long as its grid says, and that all placeholders stand in spans."""

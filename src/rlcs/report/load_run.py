@@ -12,7 +12,7 @@ from json import loads
 from pathlib import Path
 from typing import TypeVar
 
-from rlcs.data.problem_store import PROBLEMS
+from rlcs.data.problem_store import PROBLEMS, ROLLOUTS
 from rlcs.errors import RunFolderError
 from rlcs.recipe.arms import ARMS, TRAINING_ORDER
 from rlcs.records import GradedSample, Problem, from_row_or_none
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
     answers = {a: _answers(folder / "eval" / a) for a in arms}
     blind = {a: _answers(folder / "eval" / a / "blind") for a in arms}
     stages = {s: tuple(read_rows(folder / s / "metrics.jsonl")) for s in TRAINING_ORDER}
-    rollouts = {s: _last_rollouts(folder / s / "rollouts") for s in TRAINING_ORDER}
+    rollouts = {s: _last_rollouts(folder / s / ROLLOUTS) for s in TRAINING_ORDER}
     scores = {a: read_object(folder / "eval" / a / "scores.json") for a in arms}
     validation = {s: tuple(read_rows(folder / s / "validation.jsonl")) for s in TRAINING_ORDER}
     return Run(

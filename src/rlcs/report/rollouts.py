@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from rlcs.data.problem_store import PROBLEMS
+from rlcs.data.problem_store import PROBLEMS, ROLLOUTS
 from rlcs.recipe.arms import TRAINING_ORDER
 from rlcs.records import GradedSample, Problem, StopReason, from_row_or_none
 from rlcs.report import pictures
@@ -76,12 +76,12 @@ class Found:
 
 def stages_of(run: Path) -> list[str]:
     """The stages of one run folder that have rollouts."""
-    return [stage for stage in TRAINING_ORDER if saved_steps(run / stage / "rollouts")]
+    return [stage for stage in TRAINING_ORDER if saved_steps(run / stage / ROLLOUTS)]
 
 
 def find(run: Path, wanted: Wanted, *, count: int = 12, known: Mapping[str, Row] | None = None) -> Found:
     """Groups of one stage, newest step first; `known` are the rows of its problems, if they were read."""
-    folder = run / wanted.stage / "rollouts"
+    folder = run / wanted.stage / ROLLOUTS
     files = saved_steps(folder)
     chosen = [s for s in sorted(files, reverse=True) if wanted.step in (None, s)][:_MOST_FILES]
     known = _problems(run, wanted.stage) if known is None else known
@@ -99,12 +99,12 @@ def find(run: Path, wanted: Wanted, *, count: int = 12, known: Mapping[str, Row]
 
 def _problems(run: Path, stage: str) -> dict[str, Row]:
     """The rows of a stage's problems by their ids."""
-    return {text(row, "id"): row for row in read_rows(run / stage / "rollouts" / PROBLEMS)}
+    return {text(row, "id"): row for row in read_rows(run / stage / ROLLOUTS / PROBLEMS)}
 
 
 def sample(run: Path, stage: str) -> Found:
     """The groups of a few steps, first and last among them, for a page that must stay small."""
-    steps = list(saved_steps(run / stage / "rollouts"))
+    steps = list(saved_steps(run / stage / ROLLOUTS))
     last = len(steps) - 1
     chosen = sorted({steps[round(i * last / (_STATIC_STEPS - 1))] for i in range(_STATIC_STEPS)})
     known = _problems(run, stage)
@@ -121,7 +121,7 @@ def render(
     share = pictures.TOTAL_BYTES // max(1, shown)
     prepared = []
     for run, stage, found in pages:
-        folder = run / stage / "rollouts"
+        folder = run / stage / ROLLOUTS
         cards = [(g, pictures.embed(folder, _images(g)[:4], most_bytes=share)) for g in found.groups]
         steps = [(step, list(same)) for step, same in groupby(cards, key=lambda card: card[0].step)]
         prepared.append((stage, found, steps))

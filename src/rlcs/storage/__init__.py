@@ -117,6 +117,11 @@ def _jsonl(rows: Iterable[Mapping[str, object]]) -> bytes:
     return redacted("".join(lines), is_json=True).encode("utf-8", "backslashreplace")
 
 
+def as_written(rows: Iterable[Mapping[str, object]]) -> list[dict[str, Any]]:
+    """Rows as they would be read from a file that rlcs wrote: without secrets."""
+    return [json.loads(line) for line in _jsonl(rows).split(b"\n")[:-1]]
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Write one JSON object a line, atomically."""
     atomic_write(path, _jsonl(rows))

@@ -11,6 +11,7 @@ from rlcs.recipe.stages import Grpo
 from rlcs.records import Group, Problem, Prompt, Sampling
 from rlcs.train.clock import Clock
 from rlcs.train.context import Arrived, GrpoContext, Sampled
+from rlcs.train.earlier import EarlierAnswers
 from rlcs.train.groups import make_group, zero_variance
 
 POLL_S = 1.0
@@ -119,13 +120,16 @@ class Collector:
         sampling: Sampling,
         *,
         check: Callable[[int, Clock], None] = lambda version, clock: None,
+        earlier: EarlierAnswers | None = None,
     ) -> None:
         """`stream` stays behind the last step that was collected, whatever is requested in advance.
 
         `check` is called with the version of the weights, which engine and policy have, before sampling.
+        Prompts get what is known of `earlier` answers, which take note of each step.
         """
         self._context, self._stream = context, stream
         self._settings, self._sampling, self._check = settings, sampling, check
+        self._earlier = earlier
         self._version = -1
         self._ahead: _Ahead | None = None
         by_judge = "judge" in settings.reward.weights and context.overlap != "none"
@@ -157,6 +161,8 @@ class Collector:
             with clock("rollout"):
                 self._context.engine.rest()
         found.complete = True
+        if self._earlier is not None:
+            self._earlier.keep(found.chosen, step=step + 1)
         yield found
 
     def request_ahead(self, step: int, clock: Clock) -> None:
@@ -180,6 +186,8 @@ class Collector:
         self._check(version, clock)
         problems, prompts, skipped = take_prompts(self._stream, self._context.prompts, count)
         prompts = number_repeats(prompts, times_sampled)
+        if self._earlier is not None:
+            prompts = self._earlier.given(prompts, step)
         self._context.prepare(self._stream.peek(self._settings.prompts_per_step))
         with clock("rollout"):
             sampled = self._context.start(problems, prompts, self._sampling, step=step)

@@ -62,7 +62,7 @@ class GrpoContext:
     policy's; None: no correction. `overlap` is what goes on while the engine samples: see `train.grpo`; any
     but `none` needs a `BackgroundEngine`. A step keeps up to `feature_bytes` of what a frozen vision tower
     makes of its images. With the first `checks` versions of the weights the engine is compared with the
-    trainer (`train.engine_check`).
+    trainer (`train.engine_check`). `drafts`: the engine drafts from what problems were answered before.
 
     `demonstrations`, whose `turns` are learnt, and a `teacher` are there where `grpo.also` weighs them.
 
@@ -80,6 +80,7 @@ class GrpoContext:
     overlap: Overlap = "none"
     feature_bytes: int = 1 << 30
     checks: int = 0
+    drafts: bool = False
     demonstrations: Sequence[Demonstration] = ()
     turns: Turns = "all"
     teacher: TokenScorer | None = None

@@ -37,6 +37,7 @@ from rlcs.signals import StopFlag
 from rlcs.train.clock import Clock
 from rlcs.train.collecting import Collector
 from rlcs.train.context import GrpoContext
+from rlcs.train.earlier import EarlierAnswers
 from rlcs.train.engine_check import EngineCheck
 from rlcs.train.entropy import EntropyBonus
 from rlcs.train.groups import outcome, tree_of
@@ -94,9 +95,11 @@ def train(
         seed=run.seed,
     )
     check = EngineCheck(context, problems, settings, say=lambda line: screen.say(f"{run.name}: {line}"))
-    collector = Collector(context, stream, settings, sampling, check=check)
+    earlier = EarlierAnswers(settings, len(problems) if context.drafts else 0)
+    collector = Collector(context, stream, settings, sampling, check=check, earlier=earlier)
     mixer = Mixer(context, settings, seed=run.seed)
     first = run.resume(trainer, Together(stream, mixer.demonstrations), steps=settings.steps)
+    earlier.read(run.path, step=first, world=context.vlm.world)
     bonus, watch, unchecked = EntropyBonus(settings.entropy, run.carried), ScoreWatch(run), True
     for step in range(first, run.until or settings.steps):
         if run.validate(step, screen=screen, stop=stop):

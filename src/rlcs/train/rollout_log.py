@@ -13,6 +13,11 @@ from rlcs.storage import append_jsonl
 from rlcs.train.groups import zero_variance
 
 
+def file_of(step: int) -> str:
+    """The name of the file with the rollouts of step `step` (from 1)."""
+    return f"step-{step:06d}.jsonl"
+
+
 class RolloutLog:
     """Writes one file of rollouts a step, and each problem once with small copies of its images.
 
@@ -41,7 +46,7 @@ class RolloutLog:
             writing.result()
 
     def _write(self, step: int, groups: Sequence[Group]) -> None:
-        path = self._folder / f"step-{step:06d}.jsonl"
+        path = self._folder / file_of(step)
         path.unlink(missing_ok=True)
         append_jsonl(path, [row for group in groups for row in _rows(group)])
         self._problems.add(group.problem for group in groups)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlcs.data.problem_store import ROLLOUTS
 from rlcs.data.stream import Resumable
 from rlcs.distributed import World
 from rlcs.errors import CheckpointError
@@ -75,7 +76,7 @@ class RunDir:
         self._gap_alarm = gap_alarm
         self._metrics = MetricsLog(path / "metrics.jsonl")
         self._trackers = Trackers(trackers, path, stage=name)
-        self._rollouts = RolloutLog(path / "rollouts")
+        self._rollouts = RolloutLog(path / ROLLOUTS)
         self._started = time.monotonic()
         self._spent_before = 0.0
         self._clock = Clock()
