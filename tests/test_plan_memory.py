@@ -173,7 +173,7 @@ def test_planned_peaks_are_measured_ones(folders, shape, kind, checkpointing, fr
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_planned_peaks_of_adapters_are_measured_ones(folders, dtype, checkpointing):
-    settings = Model(name=str(folders["30M, deep"]), gradient_checkpointing=checkpointing, dtype=dtype)
+    settings = Model(name=str(folders["14M, wide"]), gradient_checkpointing=checkpointing, dtype=dtype)
     vlm = loading.prepare(loading.load(settings), Lora(rank=4, alpha=8), (), seed=1)
     batch = batch_of(loading.make_chat(vlm), branches=4)
     trainer = Trainer(vlm, Optimizer(), steps=9, max_bad_steps=1)
@@ -181,7 +181,7 @@ def test_planned_peaks_of_adapters_are_measured_ones(folders, dtype, checkpointi
     trainer.step([batch_of(loading.make_chat(vlm), branches=1)], objective, average="token")
     trainer.optimizer.zero_grad(set_to_none=True)
     measured = measured_peak(lambda: trainer.step([batch], objective, average="token"))
-    sizes = measure("30M, deep", AutoConfig.from_pretrained(folders["30M, deep"]))
+    sizes = measure("14M, wide", AutoConfig.from_pretrained(folders["14M, wide"]))
     patches = int(batch.pack.grids.prod(dim=1).sum())
     load = Load(tokens=batch.pack.num_tokens, targets=batch.pack.num_targets, patches=patches)
     how = Passing(
