@@ -6,6 +6,7 @@ the lists below are written, and all text is escaped. What cannot be converted s
 
 import re
 from html import unescape
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 _LONGEST = 1500
 """Characters of a formula that is converted; a longer one stays text."""
+_DEEPEST = 50
+"""Braces within each other in it: the library calls itself for each."""
 _ELEMENTS = frozenset(
     "math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover "
     "mmultiscripts mprescripts mtable mtr mtd mstyle mpadded mphantom".split()
@@ -97,7 +100,7 @@ def formula(latex: str, *, display: bool = False) -> Markup | None:
     """A formula as a MathML element; None where it cannot be converted."""
     from latex2mathml.converter import Converter
 
-    if len(latex) > _LONGEST or _MACROS.search(latex):
+    if len(latex) > _LONGEST or _deepest(latex) > _DEEPEST or _MACROS.search(latex):
         return None
     try:
         written = _written(Converter().convert_to_element(latex.strip().replace("\\dfrac", "\\frac")))
@@ -107,6 +110,11 @@ def formula(latex: str, *, display: bool = False) -> Markup | None:
     return None if ">\\" in written else Markup("<math{}>{}</math>").format(
         Markup(' display="block"' if display else ""), Markup(written)  # noqa: S704 - escaped below
     )  # fmt: skip
+
+
+def _deepest(latex: str) -> int:
+    """The most braces that are open in one place."""
+    return max(accumulate(1 if sign == "{" else -1 for sign in latex if sign in "{}"), default=0)
 
 
 def _drawn(match: re.Match[str]) -> Markup | None:
