@@ -36,7 +36,7 @@ def test_formulas_are_drawn(text, drawn):
     [
         "costs $5 and $10", "$5,$10", "pay $5 for one and 7$ now", "C$ D$", r"\$5 and 6\$", "a $ b $ c",
         r"\boxed{5", r"$\unknown x$", r"$\frac{1}$ ", r"$x_$", r"\\boxed{5}", r"\(" + "x+" * 1000 + r"1\)",
-        r"$\def\a{\a\a}\a$", r"\(" + "{" * 51 + "x" + "}" * 51 + r"\)",
+        r"$\def\a{\a\a}\a$", r"\(" + "{" * 51 + "x" + "}" * 51 + r"\)", r"\(" + "{" * 400 + "}" * 400 + r"\)",
     ],
 )  # fmt: skip
 def test_what_is_no_formula_stays_as_it_was_written(text):

@@ -20,10 +20,9 @@ from rlcs.errors import DataError
 from rlcs.recipe.stages import Grpo
 from rlcs.records import Group, Prompt
 from rlcs.storage import as_written, read_jsonl
+from rlcs.train.batching import BYTES_A_TOKEN
 from rlcs.train.rollout_log import file_of
 
-CHARACTERS_A_TOKEN = 4
-"""Characters of text in a token, roughly."""
 CHARACTERS_A_ROW = 400
 """Characters of a rollout in the log beside its text: ids, reward, why."""
 MOST_CHARACTERS = 1 << 29
@@ -45,7 +44,7 @@ class EarlierAnswers:
         kept; where those of one could, none are.
         """
         epoch = math.ceil(problems / settings.prompts_per_step)
-        self._longest = settings.max_new_tokens * CHARACTERS_A_TOKEN
+        self._longest = settings.max_new_tokens * BYTES_A_TOKEN
         rollouts = settings.prompts_per_step * settings.group_size
         fitting = MOST_CHARACTERS // (rollouts * (self._longest + CHARACTERS_A_ROW))
         self._steps = min(2 * epoch, fitting) if fitting >= epoch else 0
